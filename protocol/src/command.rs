@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Framing of requests, and the status of their replies (manual, chapter 3).
+
+use crate::{assert_layout, wire_enum, U16, U32};
+use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// What each command begins with.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct CommandHeader {
+    /// [`crate::control::Opcode`] or [`crate::submit::Opcode`], by the queue.
+    pub opcode: U16,
+    /// Zero.
+    pub reserved: U16,
+    /// Bytes of the whole command, with this header; a multiple of 8.
+    pub length: U32,
+}
+
+assert_layout!(CommandHeader, size = 8, opcode @ 0, reserved @ 2, length @ 4);
+
+impl CommandHeader {
+    /// A header of a command of `length` bytes in all.
+    pub const fn new(opcode: u16, length: u32) -> Self {
+        Self {
+            opcode: U16::new(opcode),
+            reserved: U16::new(0),
+            length: U32::new(length),
+        }
+    }
+}
+
+wire_enum! {
+    /// How a request ended.
+    pub enum Status: u32 {
+        /// It did all that it asks.
+        Ok = 0,
+        /// The opcode is none of this queue.
+        UnknownCommand = 1,
+        /// A length is wrong, or a reserved field not zero.
+        Malformed = 2,
+        /// The context does not exist, or its number is beyond the limit.
+        BadContext = 3,
+        /// A context with this number exists.
+        ContextExists = 4,
+        /// An address is outside of VRAM or RAM.
+        BadAddress = 5,
+        /// An address or length is not aligned as the command demands.
+        Misaligned = 6,
+        /// A number is beyond a limit of the configuration space.
+        LimitExceeded = 7,
+        /// As many jobs or waves exist as the device has room for: try again after a fence.
+        Busy = 8,
+        /// A field has a value that the command does not know.
+        BadArgument = 9,
+        /// The job does not exist (any more).
+        NoSuchJob = 10,
+    }
+}
