@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Physical memory as engines see it: VRAM and the guest's RAM behind one set of operations
+//! (manual, chapter 1).
+//!
+//! It knows nothing of virtual addresses. The guest and other workers use the same memory at the
+//! same time: bulk operations promise nothing about who wins, word operations are atomic.
+
+use super::{
+    mmu::{Target, advance},
+    vram::Vram,
+};
+use farfault_protocol::pte::Location;
+use std::sync::atomic::{AtomicU64, Ordering};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory, VolatileSlice};
+
+/// Bytes that a bulk operation holds in its hands at a time; a multiple of 8.
+const BUFFER: usize = 4096;
+
+/// Both memories, for as long as one operation takes.
+#[derive(Clone, Copy)]
+pub(crate) struct Memory<'a> {
+    pub(crate) vram: &'a Vram,
+    pub(crate) ram: &'a GuestMemoryMmap,
+}
+
+/// An address where no memory is: so many bytes into the operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NoMemory {
+    pub(crate) offset: u64,
+}
+
+/// Which end of a copy is wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CopyError {
+    Source(NoMemory),
+    Destination(NoMemory),
+}
+
+/// Goes through runs piece by piece, each contiguous in the host.
+struct Cursor<'a> {
+    memory: Memory<'a>,
+    runs: std::slice::Iter<'a, Target>,
+    rest: Option<Target>,
+    offset: u64,
+    store: bool,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(memory: Memory<'a>, runs: &'a [Target], store: bool) -> Self {
+        Self {
+            memory,
+            runs: runs.iter(),
+            rest: None,
+            offset: 0,
+            store,
+        }
+    }
+
+    /// What comes next, as far as it is contiguous; `None` at the end.
+    fn peek(&mut self) -> Result<Option<VolatileSlice<'a>>, NoMemory> {
+        let run = match self.rest {
+            Some(run) if run.length > 0 => run,
+            _ => match self.runs.find(|run| run.length > 0) {
+                Some(run) => *run,
+                None => return Ok(None),
+            },
+        };
+        self.rest = Some(run);
+        let nothing = NoMemory {
+            offset: self.offset,
+        };
+        let slice = self.memory.first_slice(run, self.store).ok_or(nothing)?;
+        Ok(Some(slice))
+    }
+
+    /// Steps over some of what [`Self::peek`] showed.
+    fn consume(&mut self, bytes: u64) {
+        self.offset += bytes;
+        if let Some(run) = &mut self.rest {
+            run.at = advance(run.at, bytes);
+            run.length = run.length.saturating_sub(bytes);
+        }
+    }
+}
+
+impl<'a> Memory<'a> {
+    /// Whether memory is at all of the addresses.
+    pub(crate) fn contains(self, at: Location, length: u64) -> bool {
+        match at {
+            Location::Vram(at) => self.vram.contains(at, length),
+            Location::System(at) => usize::try_from(length)
+                .is_ok_and(|length| self.ram.check_range(GuestAddress(at.get()), length)),
+        }
+    }
+
+    /// Copies between runs of the same total length.
+    pub(crate) fn copy(self, to: &'a [Target], from: &'a [Target]) -> Result<(), CopyError> {
+        let mut from = Cursor::new(self, from, false);
+        let mut to = Cursor::new(self, to, true);
+        loop {
+            let source = from.peek().map_err(CopyError::Source)?;
+            let destination = to.peek().map_err(CopyError::Destination)?;
+            let (Some(source), Some(destination)) = (source, destination) else {
+                return Ok(());
+            };
+            let bytes = source.len().min(destination.len()) as u64;
+            source.copy_to_volatile_slice(destination);
+            from.consume(bytes);
+            to.consume(bytes);
+        }
+    }
+
+    /// Repeats a word over runs. Zeroes give VRAM back to the host where that is worth it.
+    pub(crate) fn fill(self, to: &'a [Target], pattern: u64) -> Result<(), NoMemory> {
+        let mut buffer = [0; BUFFER];
+        for word in buffer.chunks_exact_mut(8) {
+            word.copy_from_slice(&pattern.to_le_bytes());
+        }
+        let mut done = 0;
+        for run in to {
+            let failed_after = |NoMemory { offset }| NoMemory {
+                offset: done + offset,
+            };
+            match (run.at, pattern) {
+                (Location::Vram(at), 0) => {
+                    let (before, after) = self
+                        .vram
+                        .punch_hole(at, run.length)
+                        .unwrap_or((run.length, 0));
+                    let end = advance(run.at, run.length - after);
+                    self.store(run.at, before, &buffer).map_err(failed_after)?;
+                    self.store(end, after, &buffer).map_err(failed_after)?;
+                }
+                _ => self
+                    .store(run.at, run.length, &buffer)
+                    .map_err(failed_after)?,
+            }
+            done += run.length;
+        }
+        Ok(())
+    }
+
+    /// The wrapping sum of the words of runs.
+    pub(crate) fn sum(self, from: &'a [Target]) -> Result<u64, NoMemory> {
+        let mut sum = 0u64;
+        self.each_buffer(from, false, |piece, buffer| {
+            piece.copy_to(buffer);
+            for word in buffer.chunks_exact(8) {
+                sum = sum.wrapping_add(word_of(word));
+            }
+        })?;
+        Ok(sum)
+    }
+
+    /// Adds to each word of runs, wrapping.
+    pub(crate) fn add(self, to: &'a [Target], addend: u64) -> Result<(), NoMemory> {
+        self.each_buffer(to, true, |piece, buffer| {
+            piece.copy_to(buffer);
+            for word in buffer.chunks_exact_mut(8) {
+                let sum = word_of(word).wrapping_add(addend);
+                word.copy_from_slice(&sum.to_le_bytes());
+            }
+            piece.copy_from(buffer);
+        })
+    }
+
+    /// Adds to one word `times` times, atomically each. What it was before the last time.
+    pub(crate) fn atomic_add(self, at: Location, addend: u64, times: u64) -> Result<u64, NoMemory> {
+        self.with_word(at, true, |word| {
+            let mut before = 0;
+            for _ in 0..times {
+                before = add_little_endian(word, addend);
+            }
+            before
+        })
+    }
+
+    /// Replaces one word if it is `expected`, atomically. What it was before.
+    pub(crate) fn compare_and_swap(
+        self,
+        at: Location,
+        expected: u64,
+        desired: u64,
+    ) -> Result<u64, NoMemory> {
+        self.with_word(at, true, |word| {
+            let (expected, desired) = (expected.to_le(), desired.to_le());
+            let result =
+                word.compare_exchange(expected, desired, Ordering::SeqCst, Ordering::SeqCst);
+            u64::from_le(result.unwrap_or_else(|now| now))
+        })
+    }
+
+    /// Reads one word.
+    pub(crate) fn load(self, at: Location) -> Result<u64, NoMemory> {
+        self.with_word(at, false, |word| u64::from_le(word.load(Ordering::Acquire)))
+    }
+
+    fn with_word<T>(
+        self,
+        at: Location,
+        store: bool,
+        operate: impl FnOnce(&AtomicU64) -> T,
+    ) -> Result<T, NoMemory> {
+        let slice = self.first_slice(Target { at, length: 8 }, store);
+        match slice.as_ref().map(|slice| slice.get_atomic_ref(0)) {
+            Some(Ok(word)) => Ok(operate(word)),
+            _ => Err(NoMemory { offset: 0 }),
+        }
+    }
+
+    /// Calls `operate` with each piece of runs and as many bytes of a buffer.
+    fn each_buffer(
+        self,
+        runs: &'a [Target],
+        store: bool,
+        mut operate: impl FnMut(&VolatileSlice<'a>, &mut [u8]),
+    ) -> Result<(), NoMemory> {
+        let mut buffer = [0; BUFFER];
+        let mut cursor = Cursor::new(self, runs, store);
+        while let Some(slice) = cursor.peek()? {
+            let bytes = slice.len().min(BUFFER);
+            if let (Ok(piece), Some(buffer)) = (slice.subslice(0, bytes), buffer.get_mut(..bytes)) {
+                operate(&piece, buffer);
+            }
+            cursor.consume(bytes as u64);
+        }
+        Ok(())
+    }
+
+    /// Stores the buffer over and over.
+    fn store(self, at: Location, length: u64, buffer: &[u8; BUFFER]) -> Result<(), NoMemory> {
+        let run = [Target { at, length }];
+        let memory: Memory<'_> = self;
+        let mut cursor = Cursor::new(memory, &run, true);
+        // Where pieces of RAM meet, the pattern goes on at the word where it stopped: regions
+        // begin and end at pages.
+        while let Some(slice) = cursor.peek()? {
+            let bytes = slice.len().min(BUFFER);
+            if let (Ok(piece), Some(buffer)) = (slice.subslice(0, bytes), buffer.get(..bytes)) {
+                piece.copy_from(buffer);
+            }
+            cursor.consume(bytes as u64);
+        }
+        Ok(())
+    }
+
+    /// The longest part of a run, from its start, that is contiguous in the host.
+    fn first_slice(self, run: Target, store: bool) -> Option<VolatileSlice<'a>> {
+        match run.at {
+            Location::Vram(at) if store => self.vram.slice_mut(at, run.length),
+            Location::Vram(at) => self.vram.slice(at, run.length),
+            Location::System(at) => {
+                let length = usize::try_from(run.length).ok()?;
+                let mut slices = self.ram.get_slices(GuestAddress(at.get()), length);
+                slices.next()?.ok()
+            }
+        }
+    }
+}
+
+fn word_of(bytes: &[u8]) -> u64 {
+    bytes.try_into().map_or(0, u64::from_le_bytes)
+}
+
+/// An atomic addition to a word that is little-endian whatever the host is.
+fn add_little_endian(word: &AtomicU64, addend: u64) -> u64 {
+    if cfg!(target_endian = "little") {
+        return word.fetch_add(addend, Ordering::SeqCst);
+    }
+    let mut before = word.load(Ordering::SeqCst);
+    loop {
+        let after = u64::from_le(before).wrapping_add(addend).to_le();
+        match word.compare_exchange_weak(before, after, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => return u64::from_le(before),
+            Err(now) => before = now,
+        }
+    }
+}

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a GPU is made with, and every bound of it in one place (manual, chapter 2).
+
+use farfault_protocol::address::HUGE_PAGE_SIZE;
+
+/// Most requests that wait on one queue; more are answered with `Busy`. No virtqueue of QEMU's
+/// generic device is longer.
+pub(crate) const MAX_WAITING_REQUESTS: usize = 1024;
+/// Most pages that all `ReadPtes` and `HarvestAccessed` of one request may name together. Bounds
+/// the reply, and the time that one request keeps the GPU from its work.
+pub(crate) const MAX_PAGES_PER_REQUEST: u32 = 4096;
+/// Most bytes that one [`Work`](super::Work) moves, and so what an invalidation may have to wait
+/// for, per worker.
+pub(crate) const WORK_BYTES: u64 = 256 << 10;
+/// Most atomics on a word, or steps of a pointer chase, of one [`Work`](super::Work).
+pub(crate) const WORK_STEPS: u64 = 512;
+/// Most waves that one call of [`Gpu::next_work`](super::Gpu::next_work) parks or ends.
+pub(crate) const MAX_PARKED_PER_CALL: u32 = 64;
+/// Zeroes over at least as many bytes of VRAM give the memory back to the host.
+pub(crate) const MIN_HOLE: u64 = 64 << 10;
+
+/// The limits that the configuration space announces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Contexts have the numbers 0 to this, exclusive.
+    pub max_contexts: u32,
+    /// Jobs at a time, until their fence event has a buffer.
+    pub max_jobs: u32,
+    /// Waves at a time, of all jobs.
+    pub max_waves: u32,
+    /// Bytes of a request.
+    pub max_request: u32,
+    /// Bytes of one run of a copy list.
+    pub max_copy_run: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_contexts: 64,
+            max_jobs: 1024,
+            max_waves: 4096,
+            max_request: 32 << 10,
+            max_copy_run: 4 << 20,
+        }
+    }
+}
+
+/// What a GPU is made with.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Bytes of VRAM: a multiple of 2 MiB, not zero.
+    pub vram_size: u64,
+    /// Tells this GPU from the others of one machine.
+    pub serial: u64,
+    /// What the guest may ask for at once.
+    pub limits: Limits,
+    /// Off: every access walks the page tables. What a program sees is the same.
+    pub tlb: bool,
+    /// Off: copy lists are checked and answered, but nothing moves. Measures what the rest costs.
+    pub copies: bool,
+}
+
+impl Settings {
+    /// The usual settings, with this much VRAM.
+    pub fn new(vram_size: u64) -> Self {
+        Self {
+            vram_size,
+            serial: 0,
+            limits: Limits::default(),
+            tlb: true,
+            copies: true,
+        }
+    }
+}
+
+/// Why there is no GPU.
+#[derive(Debug, thiserror::Error)]
+pub enum NewError {
+    /// The size of VRAM is not one that page tables can map.
+    #[error(
+        "VRAM of {0} bytes: it must be a multiple of {HUGE_PAGE_SIZE} (2 MiB), not zero, below 2^52"
+    )]
+    VramSize(u64),
+    /// The host gave no address space.
+    #[error("cannot reserve {size} bytes of address space for VRAM; try a smaller one: {source}")]
+    Reserve {
+        /// Bytes asked for.
+        size: u64,
+        /// What the host said.
+        source: vm_memory::mmap::MmapRegionError,
+    },
+}
