@@ -8,13 +8,14 @@ use std::{fmt, io, ops::Range, path::PathBuf};
 /// The result of everything in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What went wrong.
-#[derive(Debug, thiserror::Error)]
+/// What went wrong. `{:?}` shows the same text as `{}`: it is what a `main` that returns an error
+/// prints.
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// There is no device node.
     #[error(
-        "found no GPU: there is no /dev/farfault0; load the driver (`modprobe farfault`) and see \
+        "found no GPU: there is no /dev/farfault0; load the driver (`insmod farfault.ko`) and see \
          `dmesg` for what it says"
     )]
     NoGpu,
@@ -137,6 +138,12 @@ impl fmt::Display for CallName {
     }
 }
 
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 impl fmt::Display for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -179,7 +186,7 @@ impl Error {
 
 fn hint_on_open(cause: &io::Error) -> &'static str {
     match cause.kind() {
-        io::ErrorKind::NotFound => "is the driver loaded (`modprobe farfault`)?",
+        io::ErrorKind::NotFound => "is the driver loaded (`insmod farfault.ko`)?",
         io::ErrorKind::PermissionDenied => "who may use it is decided by the node's owner and mode",
         _ => "see `dmesg` for what the driver says",
     }
@@ -292,7 +299,7 @@ mod tests {
         }
         .to_string();
         assert!(
-            text.contains("/dev/farfault9") && text.contains("modprobe farfault"),
+            text.contains("/dev/farfault9") && text.contains("insmod farfault.ko"),
             "{text}"
         );
     }

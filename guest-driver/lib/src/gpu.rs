@@ -17,6 +17,9 @@ use std::{
     sync::atomic::AtomicU64,
 };
 
+/// Most pages of one QUERY: a range that is mostly not mapped fails before it costs memory.
+const QUERY_PAGES: usize = 1 << 16;
+
 /// A GPU that mirrors this process's address space, until it is dropped. It belongs to the process
 /// that opened it: a child opens its own.
 #[derive(Debug)]
@@ -219,9 +222,15 @@ impl Gpu {
 
     /// Where each page is. It moves and maps nothing.
     pub fn query(&self, pages: impl Into<Pages>) -> Result<Vec<PageState>> {
-        let pages = pages.into();
-        let states = sys::query(self.as_fd(), pages).map_err(on(CallName::new("QUERY"), pages))?;
-        states.iter().map(PageState::parse).collect()
+        let mut states = Vec::new();
+        for part in pages.into().parts(QUERY_PAGES) {
+            let call = CallName::new("QUERY");
+            let answers = sys::query(self.as_fd(), part).map_err(on(call, part))?;
+            for page in &answers {
+                states.push(PageState::parse(page)?);
+            }
+        }
+        Ok(states)
     }
 
     /// Counts since this GPU was opened.

@@ -25,6 +25,7 @@
 //! | [`Launch`] | one job before it runs: kernel, memory, waves |
 //! | [`Scope`], [`Job`] | jobs that run while the program goes on |
 //! | [`Pages`] | a range of whole pages, to migrate, advise and query |
+//! | [`Buffer`] | whole pages of words, from `malloc` |
 //! | [`pagemap`] | what the kernel's own page tables say, to compare with [`Gpu::query`] |
 //! | [`process`] | a child that shares memory copy-on-write |
 //! | [`uapi`] | the raw interface, `include/uapi/farfault.h` in Rust |
@@ -49,6 +50,7 @@
 //! });
 //! ```
 
+mod buffer;
 mod error;
 mod gpu;
 mod job;
@@ -59,6 +61,7 @@ pub mod process;
 mod sys;
 pub mod uapi;
 
+pub use buffer::Buffer;
 pub use error::{Error, Result};
 pub use gpu::{Gpu, Moved, PageState, View};
 pub use job::{Job, Scope};

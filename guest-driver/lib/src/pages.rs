@@ -79,6 +79,16 @@ impl Pages {
         self.address..self.address + self.length
     }
 
+    /// The range in parts of at most `count` pages.
+    pub(crate) fn parts(self, count: usize) -> impl Iterator<Item = Self> {
+        let end = self.range().end;
+        let step = count * PAGE_SIZE;
+        self.range().step_by(step).map(move |address| Self {
+            address,
+            length: step.min(end - address),
+        })
+    }
+
     /// Lets the kernel use huge pages here, or forbids it, for pages that it will allocate
     /// (`MADV_HUGEPAGE`, `MADV_NOHUGEPAGE`).
     pub fn allow_huge(self, allow: bool) -> Result<()> {
@@ -144,6 +154,17 @@ mod tests {
             Pages::inside(&memory[skip..skip + PAGE_SIZE / 8]).count(),
             1
         );
+    }
+
+    #[test]
+    fn parts_of_a_range_cover_it_once() {
+        let pages = Pages::new(PAGE_SIZE..6 * PAGE_SIZE).unwrap();
+        let parts: Vec<_> = pages
+            .parts(2)
+            .map(|part| (part.address(), part.count()))
+            .collect();
+        let expected = [(PAGE_SIZE, 2), (3 * PAGE_SIZE, 2), (5 * PAGE_SIZE, 1)];
+        assert_eq!(parts, expected);
     }
 
     #[test]

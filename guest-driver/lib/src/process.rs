@@ -72,3 +72,20 @@ impl Drop for Child {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fork_with_more_than_one_thread_is_refused() {
+        // The test harness has a thread of its own; this makes sure.
+        let (end, wait) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            scope.spawn(move || wait.recv());
+            let error = fork(|| 0).unwrap_err().to_string();
+            assert!(error.contains("one thread"), "{error}");
+            drop(end);
+        });
+    }
+}
