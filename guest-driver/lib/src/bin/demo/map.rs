@@ -79,11 +79,11 @@ impl Kind {
 
     fn name(self) -> &'static str {
         match self {
-            Self::Nothing => "nothing yet",
-            Self::Ram => "RAM",
-            Self::RamMapped => "RAM, mapped on the GPU",
-            Self::Vram => "VRAM",
-            Self::Mixed => "mixed",
+            Self::Nothing => "of nothing yet",
+            Self::Ram => "in RAM",
+            Self::RamMapped => "in RAM, mapped on the GPU",
+            Self::Vram => "in VRAM",
+            Self::Mixed => "mixed: the pages of the cell differ",
         }
     }
 }
@@ -164,25 +164,19 @@ fn paint(terminal: &Terminal, row: &[Kind]) -> String {
         .collect()
 }
 
-/// What the letters mean that the map has, and how much is there.
+/// What the letters mean that the map has, and how much is there: a line for each.
 fn legend(terminal: &Terminal, cells: &[Kind], census: &Census) -> Vec<String> {
-    let entry = |kind: Kind| {
+    let line = |kind: Kind| {
         let pages = census.pages(kind);
         if pages.unwrap_or(0) == 0 && !cells.contains(&kind) {
             return None;
         }
+        let size = pages.map(|pages| figures::bytes((pages * PAGE_SIZE) as u64) + " ");
         let sample = terminal.sgr(kind.rendition(), kind.letter());
-        let name = kind.name();
-        Some(match pages {
-            Some(pages) => {
-                let size = figures::bytes((pages * PAGE_SIZE) as u64);
-                format!("{sample} {name}: {size}")
-            }
-            None => format!("{sample} {name}"),
-        })
+        let text = size.unwrap_or_default() + kind.name();
+        Some(format!("  {sample}{:<9}  {text}", ""))
     };
-    let entries: Vec<String> = Kind::ALL.into_iter().filter_map(entry).collect();
-    vec![format!("  {:<10}  {}", "pages", entries.join("   "))]
+    Kind::ALL.into_iter().filter_map(line).collect()
 }
 
 #[cfg(test)]
@@ -226,12 +220,14 @@ mod tests {
         ];
         let lines = plain(&states, 80);
         assert_eq!(lines[0], "  7f0000000000  .RGVV");
-        assert_eq!(
-            lines[2],
-            "  pages       R RAM: 4 KiB   G RAM, mapped on the GPU: 4 KiB   V VRAM: 8 KiB   \
-             . nothing yet: 4 KiB"
-        );
-        assert_eq!(lines[3], "  one cell    4 KiB");
+        let legend = [
+            "  R           4 KiB in RAM",
+            "  G           4 KiB in RAM, mapped on the GPU",
+            "  V           8 KiB in VRAM",
+            "  .           4 KiB of nothing yet",
+            "  one cell    4 KiB",
+        ];
+        assert_eq!(lines[2..], legend);
     }
 
     #[test]
@@ -253,8 +249,18 @@ mod tests {
         states[1] = page(Place::Vram, Place::Vram);
         let lines = plain(&states, 80);
         assert!(lines[0].starts_with("  7f0000000000  xRRR"), "{}", lines[0]);
-        let legend = lines.iter().find(|line| line.contains("pages")).unwrap();
-        assert!(legend.contains("V VRAM: 4 KiB   x mixed"), "{legend}");
+        assert!(
+            lines
+                .iter()
+                .any(|line| line == "  V           4 KiB in VRAM"),
+            "{lines:?}"
+        );
+        assert!(
+            lines
+                .iter()
+                .any(|line| line.starts_with("  x           mixed")),
+            "{lines:?}"
+        );
     }
 
     #[test]
