@@ -23,11 +23,7 @@ impl<'scope, 'env> Scope<'scope, 'env> {
 
     /// Starts a job. Its memory stays borrowed until the scope ends.
     pub fn launch<T: Output>(self, launch: Launch<'scope, T>) -> Result<Job<'scope, 'env, T>> {
-        let request = launch.request(self.max_waves)?;
-        let running = self.jobs.submit(&launch, request).map_err(|errno| {
-            let call = CallName::of_kernel("SUBMIT", launch.kernel());
-            Error::call(call, Some(launch.memory()), errno)
-        })?;
+        let running = self.jobs.submit(&launch, self.max_waves)?;
         Ok(Job {
             jobs: self.jobs,
             running,

@@ -6,7 +6,7 @@
 //! in one place), and a job goes on reading and writing memory after SUBMIT has returned. The latter
 //! is why jobs can be started only inside [`with_jobs`], which does not return before they ended.
 //!
-//! It knows what the interface promises, and nothing about errors' texts. The lock of [`Jobs`] is
+//! It knows what the interface promises, and no policy. The lock of [`Jobs`] is
 //! held across no call. When a promise is broken so that a job cannot be ended, the process is
 //! aborted: nothing else keeps memory from changing under safe code.
 #![allow(
@@ -15,6 +15,7 @@
 )]
 
 use crate::{
+    error::{self, CallName, Error},
     launch::Launch,
     pages::Pages,
     uapi::{self, Kernel},
@@ -156,17 +157,19 @@ impl<'scope> Jobs<'scope, '_> {
     pub(crate) fn submit<T>(
         &'scope self,
         launch: &Launch<'scope, T>,
-        mut request: uapi::Submit,
-    ) -> Result<Running> {
+        max_waves: u32,
+    ) -> error::Result<Running> {
+        let kernel = launch.kernel();
+        let mut request = launch.request(max_waves)?;
         // SAFETY: SUBMIT writes the struct. The job writes what the launch borrows exclusively (or
-        // what is atomic) and reads what it borrows, by the invariant of `Launch`, of which
-        // `request` is made, all for `'scope`. `with_jobs` returns, and with that `'scope` ends,
-        // only when the job has ended.
-        unsafe { update::<{ uapi::IOC_SUBMIT }, _>(self.gpu, &mut request)? };
-        let job = Running {
-            fence: request.fence,
-            kernel: launch.kernel(),
-        };
+        // what is atomic) and reads what it borrows, by the invariant of `Launch`, all for `'scope`.
+        // `with_jobs` returns, and with that `'scope` ends, only when the job has ended.
+        unsafe { update::<{ uapi::IOC_SUBMIT }, _>(self.gpu, &mut request) }.map_err(|errno| {
+            let call = CallName::of_kernel("SUBMIT", kernel);
+            Error::call(call, Some(launch.memory()), errno)
+        })?;
+        let fence = request.fence;
+        let job = Running { fence, kernel };
         self.lock().push(job);
         Ok(job)
     }
