@@ -1,1 +1,23 @@
-//! Placeholder while the first slice is being built.
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Everything that makes and boots the VM: tools, kernel, driver, initramfs, QEMU's command line; each usable by itself.
+//!
+//! `cargo xtask` is a thin command line over this library, and the VM tests are another user of it.
+//! Knows the device's and the guest programs' command lines; knows nothing of the protocol between GPU and driver.
+
+pub mod accel;
+pub mod build;
+pub mod checks;
+mod error;
+mod options;
+mod paths;
+mod prepared;
+pub mod process;
+pub mod progress;
+pub mod setup;
+pub mod versions;
+pub mod vm;
+
+pub use error::{Error, Result};
+pub use options::{AccelChoice, Options, ToolboxChoice};
+pub use paths::Paths;
+pub use prepared::Prepared;

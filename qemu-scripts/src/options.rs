@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What every command understands, from the command line or the environment.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, ValueEnum};
+
+/// Where the tools come from, what runs the VM, and where things are kept.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Options of every command")]
+pub struct Options {
+    /// Where QEMU, the kernel and the compilers come from
+    #[arg(
+        long,
+        global = true,
+        env = "FARFAULT_TOOLBOX",
+        value_enum,
+        default_value_t
+    )]
+    pub toolbox: ToolboxChoice,
+    /// What runs the guest's code; auto takes KVM where a kernel really boots under it
+    #[arg(
+        long,
+        global = true,
+        env = "FARFAULT_ACCEL",
+        value_enum,
+        default_value_t
+    )]
+    pub accel: AccelChoice,
+    /// Folder for the toolbox and the kernel [default: farfault in the user's cache folder]
+    #[arg(long, global = true, env = "FARFAULT_CACHE", value_name = "FOLDER")]
+    pub cache: Option<PathBuf>,
+    /// Build folder of a kernel of one's own, with its image in it (say, with KASAN and lockdep)
+    #[arg(long, global = true, env = "FARFAULT_KERNEL", value_name = "FOLDER")]
+    pub kernel: Option<PathBuf>,
+}
+
+/// Where the tools come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ToolboxChoice {
+    /// A Debian 13 of our own in the cache folder
+    #[default]
+    Debian,
+    /// This machine's own tools and kernel, if they fit
+    Host,
+}
+
+/// What runs the guest's code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum AccelChoice {
+    /// Whichever works
+    #[default]
+    Auto,
+    /// The CPU itself
+    Kvm,
+    /// QEMU's translator
+    Tcg,
+}
+
+impl Options {
+    /// The options as the environment gives them, for programs with a command line of their own.
+    ///
+    /// # Errors
+    /// A variable has a value that is none of the possible ones.
+    pub fn from_env() -> Result<Self, clap::Error> {
+        #[derive(Parser)]
+        #[command(name = "environment")]
+        struct OnlyOptions {
+            #[command(flatten)]
+            options: Options,
+        }
+        OnlyOptions::try_parse_from(["environment"]).map(|parsed| parsed.options)
+    }
+
+    /// The environment from which [`Options::from_env`] gets the same options.
+    #[must_use]
+    pub fn to_env(&self) -> Vec<(&'static str, PathBuf)> {
+        let name = |value: &dyn Fn() -> Option<clap::builder::PossibleValue>| {
+            value()
+                .map(|value| PathBuf::from(value.get_name()))
+                .unwrap_or_default()
+        };
+        let mut variables = vec![
+            (
+                "FARFAULT_TOOLBOX",
+                name(&|| self.toolbox.to_possible_value()),
+            ),
+            ("FARFAULT_ACCEL", name(&|| self.accel.to_possible_value())),
+        ];
+        variables.extend(self.cache.clone().map(|folder| ("FARFAULT_CACHE", folder)));
+        variables.extend(
+            self.kernel
+                .clone()
+                .map(|folder| ("FARFAULT_KERNEL", folder)),
+        );
+        variables
+    }
+}

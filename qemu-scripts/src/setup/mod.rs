@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Set-up: from nothing to a toolbox and a kernel in the cache, once.
+
+mod apt;
+pub(crate) mod kernel;
+mod step;
+pub mod toolbox;
+
+use std::path::Path;
+
+pub use kernel::Kernel;
+pub use toolbox::Toolbox;
+
+pub(crate) use step::{Lock, Step};
+
+use crate::{
+    Error, Options, Paths, Result, ToolboxChoice, paths,
+    process::on_path,
+    progress::{self, Progress},
+    versions::VERSIONS,
+};
+
+/// Tools and a kernel, held against change for as long as this lives.
+#[derive(Debug)]
+pub struct Setup {
+    /// The tools.
+    pub toolbox: Toolbox,
+    /// The guest's kernel.
+    pub kernel: Kernel,
+    _lock: Option<Lock>,
+}
+
+/// Makes what is missing and returns all of it.
+///
+/// # Errors
+/// No space, no network, no right to make namespaces, a tool that fails: with what to do.
+pub fn ensure(options: &Options, paths: &Paths) -> Result<Setup> {
+    if !cfg!(target_arch = "x86_64") {
+        return Err(Error::unfit(
+            "this machine is no x86-64",
+            "use one that is: guest and tools are built for it",
+        ));
+    }
+    if options.toolbox == ToolboxChoice::Host {
+        toolbox::check(&Toolbox::Host)?;
+        let kernel = kernel::find(options, &Toolbox::Host, Path::new(""))?;
+        return Ok(Setup {
+            toolbox: Toolbox::Host,
+            kernel,
+            _lock: None,
+        });
+    }
+    let toolbox_step = toolbox::step(&paths.cache);
+    let kernel_step = kernel::step(&paths.cache, &toolbox_step);
+    let is_done = || toolbox_step.is_done() && kernel_step.is_done();
+    let toolbox = Toolbox::Debian(toolbox_step.folder().to_path_buf());
+    // Two kinds of lock cannot be exchanged in one go: look again after each, another run may have been in between.
+    let lock = loop {
+        let shared = Lock::shared(&paths.cache)?;
+        if is_done() {
+            break shared;
+        }
+        drop(shared);
+        let _alone = Lock::exclusive(&paths.cache)?;
+        if !is_done() {
+            fill(&toolbox_step, &kernel_step, &toolbox, paths)?;
+        }
+    };
+    toolbox::check_namespaces()?;
+    let kernel = kernel::find(options, &toolbox, kernel_step.folder())?;
+    Ok(Setup {
+        toolbox,
+        kernel,
+        _lock: Some(lock),
+    })
+}
+
+fn fill(toolbox_step: &Step, kernel_step: &Step, toolbox: &Toolbox, paths: &Paths) -> Result<()> {
+    for tool in ["apt-get", "apt-config", "dpkg-deb"] {
+        if !on_path(tool) {
+            return Err(Error::unfit(
+                format!("`{tool}` is missing, so the Debian toolbox cannot be made here"),
+                "use a Debian or Ubuntu machine, or --toolbox host",
+            ));
+        }
+    }
+    toolbox::check_namespaces()?;
+    check_space(&paths.cache)?;
+    progress::note(&format!(
+        "set-up fills {} once; it takes a few minutes",
+        paths.cache.display()
+    ));
+    let log = paths.logs().join("setup.log");
+    paths::remove(&log)?;
+    let step = Progress::start("toolbox: fetching Debian's package lists");
+    let apt = apt::Apt::new(&paths.cache.join("apt"), log.clone())?;
+    step.done();
+    toolbox_step.ensure(|folder| {
+        let step = Progress::start("toolbox: fetching and unpacking QEMU and the compilers");
+        toolbox::fill(folder, &apt, &log)?;
+        step.done();
+        Ok(())
+    })?;
+    kernel_step.ensure(|folder| kernel::fill(folder, toolbox, &apt, &log))
+}
+
+/// Free space where the cache is, and what a set-up from nothing needs, in MiB.
+pub(crate) fn space(cache: &Path) -> Result<(u64, u64)> {
+    let existing = cache
+        .ancestors()
+        .find(|folder| folder.exists())
+        .unwrap_or(Path::new("/"));
+    let space = rustix::fs::statvfs(existing).map_err(Error::io(existing.display().to_string()))?;
+    Ok((
+        space.f_bavail.saturating_mul(space.f_frsize) >> 20,
+        VERSIONS.space.needed_mib,
+    ))
+}
+
+fn check_space(cache: &Path) -> Result<()> {
+    let (free, needed) = space(cache)?;
+    if free >= needed {
+        return Ok(());
+    }
+    Err(Error::unfit(
+        format!(
+            "{} has {free} MiB free, set-up needs {needed} MiB",
+            cache.display()
+        ),
+        "make room, or name a folder elsewhere with --cache",
+    ))
+}
+
+/// Are toolbox and kernel there and up to date?
+#[must_use]
+pub fn is_done(paths: &Paths) -> bool {
+    let toolbox = toolbox::step(&paths.cache);
+    toolbox.is_done() && kernel::step(&paths.cache, &toolbox).is_done()
+}

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What somebody who boots a VM can choose.
+
+use std::time::Duration;
+
+/// A VM to boot. `Config { name: …, ..Config::default() }` is one with one GPU and the driver loaded.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// What it is for: a test's name. Its logs are kept under it.
+    pub name: String,
+    /// How many GPUs it has from the start.
+    pub gpus: usize,
+    /// How much VRAM each has, as the device's `--vram` reads it.
+    pub vram: String,
+    /// Further arguments for the devices.
+    pub device_args: Vec<String>,
+    /// RAM, as QEMU reads it.
+    pub memory: String,
+    /// Virtual CPUs. More than the host has makes an emulated VM slower.
+    pub cpus: u32,
+    /// The driver.
+    pub driver: Driver,
+    /// Free slots for hot-plug.
+    pub spare_slots: usize,
+    /// Further words for the kernel's command line.
+    pub kernel_args: Vec<String>,
+    /// How long it may take until the guest is up.
+    pub boot_limit: Duration,
+    /// The command that runs the same again; `cargo xtask test NAME` if there is none.
+    pub repeat: Option<String>,
+}
+
+/// What becomes of the driver when the guest is up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Driver {
+    /// It is loaded, with these parameters.
+    Load(Vec<String>),
+    /// Nothing.
+    None,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            name: "vm".to_owned(),
+            gpus: 1,
+            vram: "1G".to_owned(),
+            device_args: Vec::new(),
+            memory: "2G".to_owned(),
+            cpus: 2,
+            driver: Driver::Load(Vec::new()),
+            spare_slots: 0,
+            kernel_args: Vec::new(),
+            boot_limit: Duration::from_secs(120),
+            repeat: None,
+        }
+    }
+}
+
+impl Config {
+    pub(crate) fn repeat(&self) -> String {
+        self.repeat
+            .clone()
+            .unwrap_or_else(|| format!("cargo xtask test {}", self.name))
+            + "\n"
+    }
+
+    pub(crate) fn device_arguments(&self, vram: &str) -> Vec<String> {
+        let mut arguments = vec!["--vram".to_owned(), vram.to_owned()];
+        arguments.extend(self.device_args.iter().cloned());
+        arguments
+    }
+}

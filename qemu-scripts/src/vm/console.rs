@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the guest's kernel says of its own troubles on the console.
+
+use std::{
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
+
+use crate::{Error, Result};
+
+/// Texts with which the kernel reports that something went wrong in it. Each is how its source prints it.
+const SPLATS: [&str; 22] = [
+    "WARNING: ",
+    "BUG: ",
+    "kernel BUG at",
+    "Oops: ",
+    "Oops[",
+    "Call Trace:",
+    "Kernel panic",
+    "general protection fault",
+    "Unable to handle kernel",
+    "blocked for more than",
+    "blocked in I/O wait for more than",
+    "possible circular locking dependency",
+    "possible recursive locking",
+    "possible irq lock inversion",
+    "inconsistent lock state",
+    "suspicious RCU usage",
+    "detected stalls on CPUs",
+    "self-detected stall",
+    "UBSAN: ",
+    "refcount_t: ",
+    "rust_kernel: panicked at",
+    "new suspected memory leaks",
+];
+
+/// How many lines before and after its first one an error shows of a splat.
+const LINES_BEFORE: usize = 3;
+const LINES_AFTER: usize = 40;
+
+/// The console's file, and how much of it has been looked at.
+#[derive(Debug)]
+pub(crate) struct Console {
+    path: PathBuf,
+    seen: u64,
+}
+
+impl Console {
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self { path, seen: 0 }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Everything so far.
+    pub(crate) fn text(&self) -> Result<String> {
+        Ok(self.read_from(0)?.0)
+    }
+
+    /// The first splat since the last call, with its surroundings. A last line that is not complete yet waits for the
+    /// next call, so that no text is cut in two.
+    pub(crate) fn new_splat(&mut self) -> Result<Option<String>> {
+        let (text, _) = self.read_from(self.seen)?;
+        let complete = text
+            .rfind('\n')
+            .map_or("", |end| text.get(..=end).unwrap_or_default());
+        self.seen += complete.len() as u64;
+        Ok(find_splat(complete))
+    }
+
+    fn read_from(&self, from: u64) -> Result<(String, u64)> {
+        let what = || format!("reading {}", self.path.display());
+        let mut bytes = Vec::new();
+        let mut file = File::open(&self.path).map_err(Error::io(what()))?;
+        file.seek(SeekFrom::Start(from))
+            .map_err(Error::io(what()))?;
+        let length = file.read_to_end(&mut bytes).map_err(Error::io(what()))?;
+        // Each byte that is no ASCII becomes one that is, so that offsets in the text are offsets in the file.
+        let text = bytes
+            .into_iter()
+            .map(|byte| {
+                if byte.is_ascii() {
+                    char::from(byte)
+                } else {
+                    '?'
+                }
+            })
+            .collect();
+        Ok((text, length as u64))
+    }
+}
+
+fn find_splat(text: &str) -> Option<String> {
+    let lines: Vec<&str> = text.lines().collect();
+    let first = lines
+        .iter()
+        .position(|line| SPLATS.iter().any(|splat| line.contains(splat)))?;
+    let around = lines
+        .iter()
+        .skip(first.saturating_sub(LINES_BEFORE))
+        .take(LINES_BEFORE + LINES_AFTER);
+    Some(
+        around
+            .map(|line| format!("  | {}", line.trim_end()))
+            .collect::<Vec<_>>()
+            .join("\n"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, io::Write};
+
+    use super::*;
+
+    #[test]
+    fn find_splat_in_an_ordinary_boot_finds_nothing() {
+        let text = "[    0.5] Linux version 7.2.12\n[    1.0] farfault: loading out-of-tree module taints kernel.\n\
+                    [    1.1] farfault 0000:01:00.0: 32 MiB of VRAM\n";
+        assert_eq!(find_splat(text), None);
+    }
+
+    #[test]
+    fn find_splat_of_each_kind_of_trouble_finds_it() {
+        for line in [
+            "[ 1.0] WARNING: CPU: 0 PID: 1 at mm/memory.c:1 f+0x1/0x2",
+            "[ 1.0] BUG: KASAN: slab-use-after-free in f",
+            "[ 1.0] BUG: kernel NULL pointer dereference, address: 0000000000000000",
+            "[ 1.0] Oops: Oops: 0002 [#1] SMP",
+            "[ 1.0] INFO: task sh:12 blocked for more than 30 seconds.",
+            "[ 1.0] WARNING: possible circular locking dependency detected",
+            "[ 1.0] UBSAN: array-index-out-of-bounds in a.c:1:2",
+            "[ 1.0] refcount_t: underflow; use-after-free.",
+            "[ 1.0] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+            "[ 1.0] rust_kernel: panicked at main.rs:1:2:",
+        ] {
+            let text = format!("before\n{line}\nafter\n");
+            let splat = find_splat(&text).unwrap_or_else(|| panic!("nothing found in {line}"));
+            assert!(splat.contains("before") && splat.contains(line) && splat.contains("after"));
+        }
+    }
+
+    #[test]
+    fn new_splat_reports_each_splat_once_and_waits_for_whole_lines() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        let mut console = Console::new(file.path().to_path_buf());
+        file.write_all(b"\xff fine\n[ 1.0] WARN").unwrap();
+        assert_eq!(console.new_splat().unwrap(), None);
+        file.write_all(b"ING: CPU: 0\n").unwrap();
+        assert!(
+            console
+                .new_splat()
+                .unwrap()
+                .unwrap()
+                .contains("WARNING: CPU: 0")
+        );
+        assert_eq!(console.new_splat().unwrap(), None);
+        fs::remove_file(file.path()).unwrap();
+    }
+}
