@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Out-of-line copies of static inlines and macros that bindgen cannot see. No logic, one call each. */
+#include <linux/capability.h>
+#include <linux/fs.h>
+#include <linux/gfp.h>
+#include <linux/ioport.h>
+#include <linux/memremap.h>
+#include <linux/mm.h>
+#include <linux/mmu_notifier.h>
+#include <linux/pagemap.h>
+#include <linux/virtio.h>
+#include <linux/virtio_config.h>
+
+#include "helpers.h"
+
+int farfault_c_virtio_find_vqs(struct virtio_device *vdev, unsigned int nvqs,
+			       struct virtqueue **vqs, struct virtqueue_info *info)
+{
+	return virtio_find_vqs(vdev, nvqs, vqs, info, NULL);
+}
+
+void farfault_c_virtio_del_vqs(struct virtio_device *vdev)
+{
+	vdev->config->del_vqs(vdev);
+}
+
+void farfault_c_virtio_device_ready(struct virtio_device *vdev)
+{
+	virtio_device_ready(vdev);
+}
+
+bool farfault_c_virtio_has_feature(const struct virtio_device *vdev, unsigned int bit)
+{
+	return virtio_has_feature(vdev, bit);
+}
+
+void farfault_c_virtio_synchronize_cbs(struct virtio_device *vdev)
+{
+	virtio_synchronize_cbs(vdev);
+}
+
+u8 farfault_c_virtio_get_status(struct virtio_device *vdev)
+{
+	return vdev->config->get_status(vdev);
+}
+
+void farfault_c_virtio_cread_words(struct virtio_device *vdev, void *buf, size_t words)
+{
+	__virtio_cread_many(vdev, 0, buf, words, sizeof(u32));
+}
+
+struct page *farfault_c_pfn_to_page(unsigned long pfn)
+{
+	return pfn_to_page(pfn);
+}
+
+unsigned long farfault_c_page_to_pfn(const struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+struct folio *farfault_c_page_folio(struct page *page)
+{
+	return page_folio(page);
+}
+
+unsigned int farfault_c_folio_order(const struct folio *folio)
+{
+	return folio_order(folio);
+}
+
+unsigned long farfault_c_folio_pfn(const struct folio *folio)
+{
+	return folio_pfn(folio);
+}
+
+void farfault_c_folio_lock(struct folio *folio)
+{
+	folio_lock(folio);
+}
+
+void farfault_c_folio_unlock(struct folio *folio)
+{
+	folio_unlock(folio);
+}
+
+void farfault_c_folio_put(struct folio *folio)
+{
+	folio_put(folio);
+}
+
+void farfault_c_folio_zero(struct folio *folio)
+{
+	folio_zero_range(folio, 0, folio_size(folio));
+}
+
+void farfault_c_folio_mark_dirty(struct folio *folio)
+{
+	folio_mark_dirty(folio);
+}
+
+struct folio *farfault_c_vma_alloc_folio(unsigned int order, struct vm_area_struct *vma,
+					 unsigned long addr)
+{
+	return vma_alloc_folio(order ? GFP_TRANSHUGE | __GFP_NORETRY : GFP_HIGHUSER_MOVABLE,
+			       order, vma, addr);
+}
+
+struct folio *farfault_c_folio_alloc(unsigned int order)
+{
+	return folio_alloc(order ? GFP_TRANSHUGE | __GFP_NORETRY : GFP_HIGHUSER_MOVABLE, order);
+}
+
+struct dev_pagemap *farfault_c_folio_pgmap(const struct folio *folio)
+{
+	return folio->pgmap;
+}
+
+void farfault_c_zone_device_folio_init(struct folio *folio, struct dev_pagemap *pgmap,
+				       unsigned int order)
+{
+	zone_device_folio_init(folio, pgmap, order);
+}
+
+void farfault_c_release_mem_region(resource_size_t start, resource_size_t n)
+{
+	release_mem_region(start, n);
+}
+
+bool farfault_c_vma_is_anonymous(struct vm_area_struct *vma)
+{
+	return vma_is_anonymous(vma);
+}
+
+bool farfault_c_vma_is_dax(struct vm_area_struct *vma)
+{
+	return vma_is_dax(vma);
+}
+
+bool farfault_c_mmu_notifier_range_blockable(const struct mmu_notifier_range *range)
+{
+	return mmu_notifier_range_blockable(range);
+}
+
+void farfault_c_mmu_interval_set_seq(struct mmu_interval_notifier *mni, unsigned long seq)
+{
+	mmu_interval_set_seq(mni, seq);
+}
+
+bool farfault_c_mmu_interval_read_retry(struct mmu_interval_notifier *mni, unsigned long seq)
+{
+	return mmu_interval_read_retry(mni, seq);
+}
+
+bool farfault_c_capable_sys_admin(void)
+{
+	return capable(CAP_SYS_ADMIN);
+}

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Misc devices whose open files outlive them.
+//!
+//! `kernel::miscdevice` leaves `file_operations::owner` empty, so a module can go away under an
+//! open file, and has no `poll`. Here an open file pins the module (the core sees to that by the
+//! owner) and has its own value in an `Arc`; the device may be deregistered under it.
+//!
+//! C headers: `include/linux/miscdevice.h`, `include/linux/fs.h`.
+
+use crate::bindings;
+use kernel::{
+    container_of,
+    error::to_result,
+    fs::File,
+    prelude::*,
+    str::CString,
+    sync::{
+        atomic::{Atomic, Full, Relaxed},
+        poll::PollTable,
+        Arc, ArcBorrow,
+    },
+    types::{ForeignOwnable, Opaque},
+};
+
+/// There is something to read.
+pub(crate) const POLLIN: u32 = bindings::POLLIN | bindings::POLLRDNORM;
+/// Something is wrong.
+pub(crate) const POLLERR: u32 = bindings::POLLERR;
+/// The other side is gone.
+pub(crate) const POLLHUP: u32 = bindings::POLLHUP;
+
+/// What an open file does; a value for each.
+pub(crate) trait FileOps: Sized + Send + Sync + 'static {
+    /// What all files of a device share.
+    type Shared: Send + Sync + 'static;
+
+    /// Somebody opens the device. A mutex of all misc devices is held, and the device is not
+    /// deregistered meanwhile.
+    fn open(shared: &Arc<Self::Shared>) -> Result<Arc<Self>>;
+
+    /// `arg` is a user pointer or a number; 32-bit programs' pointers are converted.
+    fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize>;
+
+    /// What is ready, of `POLLIN` and so on, after `table.register_wait(file, condvar)`.
+    fn poll(this: ArcBorrow<'_, Self>, file: &File, table: &PollTable<'_>) -> u32;
+
+    /// The last close. Work that was queued may still hold references.
+    fn release(this: Arc<Self>) {
+        drop(this);
+    }
+}
+
+/// A number that no other device of this module has.
+struct Number(u32);
+
+/// A bit for each number in use.
+static NUMBERS: Atomic<u64> = Atomic::new(0);
+
+impl Number {
+    /// The lowest one, or `ENOSPC`.
+    fn lowest() -> Result<Self> {
+        let mut used = NUMBERS.load(Relaxed);
+        loop {
+            let number = used.trailing_ones();
+            let bit = 1u64.checked_shl(number).ok_or(ENOSPC)?;
+            match NUMBERS.cmpxchg(used, used | bit, Full) {
+                Ok(_) => return Ok(Self(number)),
+                Err(now) => used = now,
+            }
+        }
+    }
+}
+
+impl Drop for Number {
+    fn drop(&mut self) {
+        let mut used = NUMBERS.load(Relaxed);
+        while let Err(now) = NUMBERS.cmpxchg(used, used & !(1 << self.0), Full) {
+            used = now;
+        }
+    }
+}
+
+/// A registered misc device. Dropping it deregisters; files that are open stay so.
+///
+/// # Invariants
+///
+/// `misc` is registered with the file operations of `F`.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Chardev<F: FileOps> {
+    shared: Arc<F::Shared>,
+    number: Number,
+    name: CString,
+    #[pin]
+    misc: Opaque<bindings::miscdevice>,
+}
+
+// SAFETY: A misc device may be deregistered by any thread.
+unsafe impl<F: FileOps> Send for Chardev<F> {}
+// SAFETY: Shared methods only read what never changes.
+unsafe impl<F: FileOps> Sync for Chardev<F> {}
+
+impl<F: FileOps> Chardev<F> {
+    const FOPS: bindings::file_operations = bindings::file_operations {
+        owner: crate::THIS_MODULE.as_ptr(),
+        open: Some(Self::open_callback),
+        release: Some(Self::release_callback),
+        unlocked_ioctl: Some(Self::ioctl_callback),
+        #[cfg(CONFIG_COMPAT)]
+        compat_ioctl: bindings::compat_ptr_ioctl,
+        poll: Some(Self::poll_callback),
+        ..pin_init::zeroed()
+    };
+
+    /// Makes `/dev/<prefix><number>` with the lowest number that is free, and permissions `mode`.
+    pub(crate) fn new<'a>(
+        prefix: &'a str,
+        mode: u16,
+        shared: Arc<F::Shared>,
+    ) -> impl PinInit<Self, Error> + 'a {
+        pin_init::pin_init_scope(move || {
+            let number = Number::lowest()?;
+            let name = CString::try_from_fmt(fmt!("{}{}", prefix, number.0))?;
+            let name_ptr = name.as_char_ptr();
+            Ok(try_pin_init!(Self {
+                shared,
+                number,
+                name,
+                // Last: files may be opened as soon as it is registered.
+                misc <- Opaque::try_ffi_init(move |slot: *mut bindings::miscdevice| {
+                    // SAFETY: `slot` is pinned until it is deregistered in drop, and the name, which
+                    // a `CString` keeps on the heap, lives as long. The operations are static.
+                    unsafe {
+                        slot.write_bytes(0, 1);
+                        (*slot).minor = bindings::MISC_DYNAMIC_MINOR as c_int;
+                        (*slot).name = name_ptr;
+                        (*slot).mode = mode;
+                        (*slot).fops = &Self::FOPS;
+                        to_result(bindings::misc_register(slot))
+                    }
+                }),
+            }? Error))
+        })
+    }
+
+    /// Its name in `/dev`.
+    pub(crate) fn name(&self) -> &CStr {
+        &self.name
+    }
+
+    /// The number in its name.
+    pub(crate) fn number(&self) -> u32 {
+        self.number.0
+    }
+
+    /// # Safety
+    ///
+    /// Only for the core: `file` is being opened, and its private data is the misc device.
+    unsafe extern "C" fn open_callback(
+        _inode: *mut bindings::inode,
+        file: *mut bindings::file,
+    ) -> c_int {
+        // SAFETY: The core sets the private data so, and keeps the device registered meanwhile.
+        let this = unsafe {
+            let misc = Opaque::cast_from((*file).private_data.cast::<bindings::miscdevice>());
+            &*container_of!(misc.cast_mut(), Self, misc)
+        };
+        match F::open(&this.shared) {
+            Ok(opened) => {
+                // SAFETY: From here on the private data is ours.
+                unsafe { (*file).private_data = opened.into_foreign() };
+                0
+            }
+            Err(error) => error.to_errno(),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// `file` must have been opened by `open_callback`, and not be released for `'a`.
+    unsafe fn borrow<'a>(file: *mut bindings::file) -> ArcBorrow<'a, F> {
+        // SAFETY: `open_callback` has stored an `Arc<F>`.
+        unsafe { <Arc<F> as ForeignOwnable>::borrow((*file).private_data) }
+    }
+
+    /// # Safety
+    ///
+    /// Only for the core: `file` was opened by `open_callback`, and is used no more.
+    unsafe extern "C" fn release_callback(
+        _inode: *mut bindings::inode,
+        file: *mut bindings::file,
+    ) -> c_int {
+        // SAFETY: `open_callback` has stored an `Arc<F>`, and this is the only call.
+        F::release(unsafe { <Arc<F> as ForeignOwnable>::from_foreign((*file).private_data) });
+        0
+    }
+
+    /// # Safety
+    ///
+    /// Only for the core: `file` was opened by `open_callback`.
+    unsafe extern "C" fn ioctl_callback(
+        file: *mut bindings::file,
+        cmd: c_uint,
+        arg: c_ulong,
+    ) -> c_long {
+        // SAFETY: By the function's contract; files are not released during a call.
+        let this = unsafe { Self::borrow(file) };
+        match F::ioctl(this, cmd, arg) {
+            Ok(value) => value,
+            Err(error) => error.to_errno() as c_long,
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Only for the core: `file` was opened by `open_callback`, `table` is null or valid.
+    unsafe extern "C" fn poll_callback(
+        file: *mut bindings::file,
+        table: *mut bindings::poll_table_struct,
+    ) -> bindings::__poll_t {
+        // SAFETY: By the function's contract; files are not released during a call.
+        let (this, file, table) = unsafe {
+            (
+                Self::borrow(file),
+                File::from_raw_file(file),
+                PollTable::from_raw(table),
+            )
+        };
+        F::poll(this, file, &table)
+    }
+}
+
+#[pinned_drop]
+impl<F: FileOps> PinnedDrop for Chardev<F> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: Registered by the type invariant. Waits for an open that runs.
+        unsafe { bindings::misc_deregister(self.misc.get()) };
+    }
+}

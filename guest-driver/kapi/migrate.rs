@@ -1,0 +1,534 @@
+// SPDX-License-Identifier: GPL-2.0
+//! `migrate_vma_*()` and `migrate_device_range()`: pages move between system and device memory.
+//!
+//! [`Collected`] has the sources isolated, locked and unmapped, and takes a destination for each
+//! that shall move; [`Migrated`] is after `migrate_vma_pages()` and knows what really moved. Both
+//! put everything right when they are dropped, in whatever state they are: what has no destination
+//! or could not move stays where it was. The caller copies between the two steps.
+//!
+//! The core asks for care where one 2 MiB source gets 4 KiB destinations. [`Collected::pages`]
+//! withdraws destinations with which the core would fail, or worse.
+//!
+//! Must not know what moves or why. Locks: the mmap lock (in the [`Vma`] or [`Fault`]) but for
+//! [`Collected::device_range`].
+//!
+//! C header: `include/linux/migrate.h`.
+
+use super::{
+    folio::{DeviceFolio, Pfn, SystemFolio, PMD_ORDER, PMD_PAGES},
+    mm::Vma,
+    pagemap::{DevicePagemap, Fault, Owner, PagemapOps},
+};
+use crate::bindings;
+use core::{marker::PhantomData, ops::Range, ptr, ptr::NonNull};
+use kernel::{
+    error::to_result,
+    page::{PAGE_SHIFT, PAGE_SIZE},
+    prelude::*,
+};
+
+const VALID: usize = bindings::MIGRATE_PFN_VALID as usize;
+const MIGRATE: usize = bindings::MIGRATE_PFN_MIGRATE as usize;
+const WRITE: usize = bindings::MIGRATE_PFN_WRITE as usize;
+const COMPOUND: usize = bindings::MIGRATE_PFN_COMPOUND as usize;
+const SHIFT: u32 = bindings::MIGRATE_PFN_SHIFT;
+
+const SELECT_SYSTEM: usize = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM as usize;
+const SELECT_DEVICE: usize =
+    bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE as usize;
+const SELECT_COMPOUND: usize = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_COMPOUND as usize;
+
+/// The arrays of a migration, to be used again and again.
+///
+/// # Invariants
+///
+/// Both are of the same length.
+pub(crate) struct Scratch {
+    src: KVVec<usize>,
+    dst: KVVec<usize>,
+}
+
+impl Scratch {
+    /// For migrations of up to `pages` pages.
+    pub(crate) fn new(pages: usize) -> Result<Self> {
+        Ok(Self {
+            src: KVVec::from_elem(0, pages, GFP_KERNEL)?,
+            dst: KVVec::from_elem(0, pages, GFP_KERNEL)?,
+        })
+    }
+
+    /// For how many pages.
+    pub(crate) fn pages(&self) -> usize {
+        self.src.len()
+    }
+}
+
+/// Where a page comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// Nowhere: it was never touched, and is all zero.
+    Hole,
+    /// A page, the first of `1 << order` consecutive ones.
+    Page(Pfn),
+}
+
+/// One folio that may move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// Its first page, by number in the range.
+    pub(crate) index: usize,
+    /// 0 or [`PMD_ORDER`].
+    pub(crate) order: u32,
+    /// Where it is.
+    pub(crate) source: Source,
+    /// The CPU may write it.
+    pub(crate) write: bool,
+}
+
+/// How the pages were found, and how to finish.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    SystemToDevice,
+    DeviceToSystem,
+    /// `migrate_to_ram`: the core cannot split the folio.
+    Fault,
+    /// No VMA: the core cannot split at all, and there are no holes.
+    DeviceRange,
+}
+
+/// The state that both steps share; finalizes when it is dropped.
+///
+/// # Invariants
+///
+/// - `args.src` and `args.dst` are arrays of `args.npages` entries that are borrowed for `'a`.
+/// - The pages in `src` are locked and referenced for this migration; those in `dst` are locked and
+///   referenced, and belong to it.
+/// - But for [`Kind::DeviceRange`], `args.vma` is valid and its mmap lock is held, for `'a`.
+struct Raw<'a> {
+    args: bindings::migrate_vma,
+    kind: Kind,
+    _scratch: PhantomData<&'a mut Scratch>,
+}
+
+impl<'a> Raw<'a> {
+    fn new(
+        kind: Kind,
+        vma: Vma<'a>,
+        range: Range<usize>,
+        owner: Owner,
+        fault_page: *mut bindings::page,
+        scratch: &'a mut Scratch,
+    ) -> Result<Self> {
+        let len = range.end.checked_sub(range.start).ok_or(EINVAL)?;
+        if len == 0 || (range.start | len) % PAGE_SIZE != 0 || len >> PAGE_SHIFT > scratch.pages() {
+            return Err(EINVAL);
+        }
+        let select = if kind == Kind::SystemToDevice {
+            SELECT_SYSTEM
+        } else {
+            SELECT_DEVICE
+        };
+        // Where a single page is wanted of a larger folio, the core is to split it.
+        let compound = if len > PAGE_SIZE { SELECT_COMPOUND } else { 0 };
+        let mut args = bindings::migrate_vma {
+            vma: vma.as_ptr(),
+            dst: scratch.dst.as_mut_ptr(),
+            src: scratch.src.as_mut_ptr(),
+            start: range.start,
+            end: range.end,
+            pgmap_owner: owner.as_ptr(),
+            flags: select | compound,
+            fault_page,
+            ..Default::default()
+        };
+        // SAFETY: The arrays are long enough; `vma` is under its mmap lock; a fault page is locked
+        // and referenced by the core.
+        to_result(unsafe { bindings::migrate_vma_setup(&mut args) })?;
+        // INVARIANT: `migrate_vma_setup()` has filled `npages` entries of both arrays.
+        Ok(Self {
+            args,
+            kind,
+            _scratch: PhantomData,
+        })
+    }
+
+    fn src(&self) -> &[usize] {
+        // SAFETY: By the type invariant.
+        unsafe { core::slice::from_raw_parts(self.args.src, self.args.npages) }
+    }
+
+    fn dst(&self) -> &[usize] {
+        // SAFETY: By the type invariant.
+        unsafe { core::slice::from_raw_parts(self.args.dst, self.args.npages) }
+    }
+
+    fn dst_mut(&mut self) -> &mut [usize] {
+        // SAFETY: By the type invariant; `self` is borrowed exclusively.
+        unsafe { core::slice::from_raw_parts_mut(self.args.dst, self.args.npages) }
+    }
+
+    fn address(&self, index: usize) -> usize {
+        self.args.start + index * PAGE_SIZE
+    }
+}
+
+impl Drop for Raw<'_> {
+    fn drop(&mut self) {
+        if self.kind == Kind::DeviceRange {
+            // SAFETY: By the type invariant; this is the only call.
+            unsafe {
+                bindings::migrate_device_finalize(self.args.src, self.args.dst, self.args.npages);
+            }
+        } else {
+            // SAFETY: By the type invariant; this is the only call.
+            unsafe { bindings::migrate_vma_finalize(&mut self.args) };
+        }
+    }
+}
+
+/// Pages that are isolated, locked and unmapped, and wait for destinations.
+///
+/// Dropped, everything stays where it was and the destinations are freed.
+pub(crate) struct Collected<'a> {
+    raw: Raw<'a>,
+    committed: bool,
+}
+
+impl<'a> Collected<'a> {
+    /// The system pages of `range`, which must be in `vma`, and its holes if it is anonymous.
+    ///
+    /// Fails with `EINVAL` where the range is wrong, too long for `scratch`, or
+    /// [`Vma::can_migrate`] says no.
+    pub(crate) fn system_to_device(
+        vma: &'a Vma<'_>,
+        range: Range<usize>,
+        owner: Owner,
+        scratch: &'a mut Scratch,
+    ) -> Result<Self> {
+        Self::vma(
+            Kind::SystemToDevice,
+            *vma,
+            range,
+            owner,
+            ptr::null_mut(),
+            scratch,
+        )
+    }
+
+    /// The device pages of `owner` in `range`, which must be in `vma`. Fails like
+    /// [`Collected::system_to_device`].
+    pub(crate) fn device_to_system(
+        vma: &'a Vma<'_>,
+        range: Range<usize>,
+        owner: Owner,
+        scratch: &'a mut Scratch,
+    ) -> Result<Self> {
+        Self::vma(
+            Kind::DeviceToSystem,
+            *vma,
+            range,
+            owner,
+            ptr::null_mut(),
+            scratch,
+        )
+    }
+
+    /// Like [`Collected::device_to_system`], for `migrate_to_ram`: the page of `fault` is among
+    /// them, though the core holds its lock.
+    pub(crate) fn fault(
+        fault: &'a Fault<'_>,
+        range: Range<usize>,
+        owner: Owner,
+        scratch: &'a mut Scratch,
+    ) -> Result<Self> {
+        Self::vma(
+            Kind::Fault,
+            fault.vma(),
+            range,
+            owner,
+            fault.page(),
+            scratch,
+        )
+    }
+
+    fn vma(
+        kind: Kind,
+        vma: Vma<'a>,
+        range: Range<usize>,
+        owner: Owner,
+        fault_page: *mut bindings::page,
+        scratch: &'a mut Scratch,
+    ) -> Result<Self> {
+        Ok(Self {
+            raw: Raw::new(kind, vma, range, owner, fault_page, scratch)?,
+            committed: false,
+        })
+    }
+
+    /// The pages in use of a range of the pagemap, wherever they are mapped. For what no address
+    /// space is known of: prefer [`Collected::device_to_system`], because the core looks up the
+    /// mappings here without what keeps them from going away while their process exits.
+    ///
+    /// A folio is found if all of it is in the range. Fails with `EINVAL` where the range is wrong
+    /// or too long for `scratch`.
+    pub(crate) fn device_range<T: PagemapOps>(
+        map: &'a DevicePagemap<T>,
+        pages: Range<usize>,
+        scratch: &'a mut Scratch,
+    ) -> Result<Self> {
+        let npages = pages.end.checked_sub(pages.start).ok_or(EINVAL)?;
+        if npages == 0 || npages > scratch.pages() || pages.end > map.pages() {
+            return Err(EINVAL);
+        }
+        scratch.dst[..npages].fill(0);
+        let args = bindings::migrate_vma {
+            dst: scratch.dst.as_mut_ptr(),
+            src: scratch.src.as_mut_ptr(),
+            npages,
+            ..Default::default()
+        };
+        let first = map.pfn(super::pagemap::DevicePage(pages.start));
+        // SAFETY: The array has `npages` entries, and the frames are of a registered pagemap.
+        to_result(unsafe { bindings::migrate_device_range(args.src, first.0, npages) })?;
+        // INVARIANT: `migrate_device_range()` has filled `src`, and there are no destinations yet.
+        Ok(Self {
+            raw: Raw {
+                args,
+                kind: Kind::DeviceRange,
+                _scratch: PhantomData,
+            },
+            committed: false,
+        })
+    }
+
+    /// What may move. Holes are found in both directions; those of [`Collected::device_to_system`]
+    /// are best left alone.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
+        self.raw
+            .src()
+            .iter()
+            .enumerate()
+            .filter(|(_, src)| **src & MIGRATE != 0)
+            .map(|(index, src)| Entry {
+                index,
+                order: order_of(*src),
+                source: if src & VALID != 0 {
+                    Source::Page(Pfn(src >> SHIFT))
+                } else {
+                    Source::Hole
+                },
+                write: src & WRITE != 0,
+            })
+    }
+
+    /// The address of a page; for [`Collected::device_range`], from the range's start.
+    pub(crate) fn address(&self, index: usize) -> usize {
+        self.raw.address(index)
+    }
+
+    /// A destination in system memory for page `index`, by the process's memory policy. `order` is
+    /// 0 or [`PMD_ORDER`]. May sleep and reclaim; large folios are not tried hard for.
+    pub(crate) fn alloc_folio(&self, index: usize, order: u32) -> Option<SystemFolio> {
+        if order != 0 && order != PMD_ORDER {
+            return None;
+        }
+        let folio = if self.raw.kind == Kind::DeviceRange {
+            // SAFETY: A plain allocation.
+            unsafe { bindings::farfault_c_folio_alloc(order) }
+        } else {
+            // SAFETY: The VMA is under its mmap lock by the invariant of `Raw`; any address will do.
+            unsafe {
+                bindings::farfault_c_vma_alloc_folio(
+                    order,
+                    self.raw.args.vma,
+                    self.raw.address(index),
+                )
+            }
+        };
+        // SAFETY: Allocated just now with this order.
+        NonNull::new(folio).map(|folio| unsafe { SystemFolio::from_raw(folio, order) })
+    }
+
+    /// Gives page `index` a destination on the device. It comes back where it does not fit: the
+    /// page does not move, has a destination, is smaller than the folio, or goes the other way.
+    pub(crate) fn set_device(
+        &mut self,
+        index: usize,
+        folio: DeviceFolio,
+    ) -> Result<(), DeviceFolio> {
+        if self.raw.kind != Kind::SystemToDevice || !self.fits(index, folio.order()) {
+            return Err(folio);
+        }
+        let order = folio.order();
+        // SAFETY: Locked and referenced, and passes to the migration.
+        unsafe { self.set(index, folio.into_raw(), order) };
+        Ok(())
+    }
+
+    /// Gives page `index` a destination in system memory; like [`Collected::set_device`].
+    pub(crate) fn set_system(
+        &mut self,
+        index: usize,
+        folio: SystemFolio,
+    ) -> Result<(), SystemFolio> {
+        if self.raw.kind == Kind::SystemToDevice || !self.fits(index, folio.order()) {
+            return Err(folio);
+        }
+        let order = folio.order();
+        // SAFETY: Locked and referenced, and passes to the migration.
+        unsafe { self.set(index, folio.into_raw(), order) };
+        Ok(())
+    }
+
+    /// Frees the destination of page `index`, if it has one: the page stays where it is.
+    pub(crate) fn clear(&mut self, index: usize) {
+        let Some(dst) = self.raw.dst_mut().get_mut(index) else {
+            return;
+        };
+        let dst = core::mem::take(dst);
+        if dst & VALID == 0 {
+            return;
+        }
+        // SAFETY: By the invariant of `Raw` the destination is locked and referenced by this
+        // migration, which has forgotten it just now.
+        unsafe {
+            let page = bindings::farfault_c_pfn_to_page(dst >> SHIFT);
+            let folio = bindings::farfault_c_page_folio(page);
+            bindings::farfault_c_folio_unlock(folio);
+            bindings::farfault_c_folio_put(folio);
+        }
+    }
+
+    /// Moves what has a destination. The copies must be complete, and seen by the CPUs.
+    pub(crate) fn pages(mut self) -> Migrated<'a> {
+        self.withdraw_impossible();
+        self.committed = true;
+        let args = &mut self.raw.args;
+        if self.raw.kind == Kind::DeviceRange {
+            // SAFETY: Collected by `migrate_device_range()`; destinations are locked.
+            unsafe { bindings::migrate_device_pages(args.src, args.dst, args.npages) };
+        } else {
+            // SAFETY: Collected by `migrate_vma_setup()`; destinations are locked.
+            unsafe { bindings::migrate_vma_pages(args) };
+        }
+        // SAFETY: `self` is forgotten without running its drop, so `raw` has one owner.
+        let raw = unsafe { ptr::read(&core::mem::ManuallyDrop::new(self).raw) };
+        Migrated { raw }
+    }
+
+    /// Whether a folio of `order` may be the destination of page `index`.
+    fn fits(&self, index: usize, order: u32) -> bool {
+        let src = self.raw.src();
+        let (Some(&entry), Some(&dst)) = (src.get(index), self.raw.dst().get(index)) else {
+            return false;
+        };
+        if dst != 0 {
+            return false;
+        }
+        if order != 0 {
+            return entry & MIGRATE != 0 && order_of(entry) == order;
+        }
+        if entry & MIGRATE != 0 {
+            return true;
+        }
+        // One page of a huge entry that is to be split.
+        self.huge_head(index).is_some_and(|head| {
+            src[head] & MIGRATE != 0 && self.raw.dst()[head] & COMPOUND == 0 && self.can_split()
+        })
+    }
+
+    /// The huge entry that page `index` is in, if any. Huge entries are aligned by address.
+    fn huge_head(&self, index: usize) -> Option<usize> {
+        let first = self.raw.args.start >> PAGE_SHIFT;
+        let head = ((first + index) & !(PMD_PAGES - 1)).checked_sub(first)?;
+        let entry = *self.raw.src().get(head)?;
+        (order_of(entry) == PMD_ORDER).then_some(head)
+    }
+
+    /// Whether the core can split what is huge.
+    fn can_split(&self) -> bool {
+        matches!(self.raw.kind, Kind::SystemToDevice | Kind::DeviceToSystem)
+    }
+
+    /// # Safety
+    ///
+    /// `folio` must be locked, with one reference, and both pass to the migration; page `index`
+    /// must have no destination.
+    unsafe fn set(&mut self, index: usize, folio: NonNull<bindings::folio>, order: u32) {
+        // SAFETY: A valid folio by the function's contract.
+        let pfn = unsafe { bindings::farfault_c_folio_pfn(folio.as_ptr()) };
+        let compound = if order == 0 { 0 } else { COMPOUND };
+        // INVARIANT: Locked and referenced by the function's contract.
+        self.raw.dst_mut()[index] = (pfn << SHIFT) | VALID | compound;
+    }
+
+    /// Takes back the small destinations of huge entries that the core cannot split: it would
+    /// follow a null pointer where a hole is not filled altogether, and leave an entry alone whose
+    /// first page has none.
+    fn withdraw_impossible(&mut self) {
+        let npages = self.raw.args.npages;
+        for head in 0..npages {
+            let (src, dst) = (self.raw.src()[head], self.raw.dst()[head]);
+            if src & MIGRATE == 0 || order_of(src) != PMD_ORDER || dst & COMPOUND != 0 {
+                continue;
+            }
+            let block = head..npages.min(head + PMD_PAGES);
+            let missing = self.raw.dst()[block.clone()].iter().any(|dst| *dst == 0);
+            let possible = if src & VALID == 0 { !missing } else { dst != 0 };
+            if !possible || !self.can_split() {
+                block.for_each(|index| self.clear(index));
+            }
+        }
+    }
+}
+
+impl Drop for Collected<'_> {
+    fn drop(&mut self) {
+        if !self.committed {
+            // What is not marked as migrating is restored when `raw` finalizes.
+            let src = self.raw.args.src;
+            for i in 0..self.raw.args.npages {
+                // SAFETY: In bounds by the invariant of `Raw`.
+                unsafe { *src.add(i) &= !MIGRATE };
+            }
+        }
+    }
+}
+
+/// Pages that have moved, still locked and unmapped. Dropped, the CPU's page tables get the new
+/// ones.
+pub(crate) struct Migrated<'a> {
+    raw: Raw<'a>,
+}
+
+impl Migrated<'_> {
+    /// The order of the folio at `index` if it moved.
+    pub(crate) fn moved(&self, index: usize) -> Option<u32> {
+        let (src, dst) = (self.raw.src().get(index)?, self.raw.dst().get(index)?);
+        (src & MIGRATE != 0 && dst & VALID != 0).then(|| order_of(*dst))
+    }
+
+    /// What moved: index and order of each folio.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (usize, u32)> + '_ {
+        (0..self.raw.args.npages).filter_map(|index| Some((index, self.moved(index)?)))
+    }
+
+    /// How many pages moved.
+    pub(crate) fn count(&self) -> usize {
+        self.entries().map(|(_, order)| 1 << order).sum()
+    }
+
+    /// Like [`Collected::address`].
+    pub(crate) fn address(&self, index: usize) -> usize {
+        self.raw.address(index)
+    }
+}
+
+/// The order that an entry of either array says.
+fn order_of(entry: usize) -> u32 {
+    if entry & COMPOUND == 0 {
+        0
+    } else {
+        PMD_ORDER
+    }
+}

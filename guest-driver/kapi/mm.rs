@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The mmap lock of an address space, and the VMAs that may be looked at under it.
+//!
+//! `kernel::mm` has the reference counts (`ARef<Mm>` is `mmgrab`, `ARef<MmWithUser>` is `mmget`)
+//! and a guard; this adds what it keeps to itself: whose lock a guard holds, the next VMA, and what
+//! a VMA is. [`Vma`] is under the **mmap** lock always, which `kernel::mm::virt::VmaRef` does not
+//! promise (it may be under the VMA's own).
+//!
+//! C header: `include/linux/mm.h`.
+
+use crate::bindings;
+use core::{ops::Deref, ptr};
+use kernel::{
+    mm::{
+        virt::{flags, vm_flags_t, VmaRef},
+        Mm, MmWithUser, MmapReadGuard,
+    },
+    prelude::*,
+    sync::aref::ARef,
+};
+
+/// The caller's address space, with a reference on its users. `None` in a kernel thread.
+pub(crate) fn current_mm() -> Option<ARef<MmWithUser>> {
+    current!().mm().map(ARef::from)
+}
+
+/// Whether both are the same address space.
+pub(crate) fn same_mm(a: &Mm, b: &Mm) -> bool {
+    ptr::eq(a.as_raw(), b.as_raw())
+}
+
+/// Whether `mm` is the caller's.
+pub(crate) fn is_current_mm(mm: &Mm) -> bool {
+    current!().mm().is_some_and(|current| same_mm(current, mm))
+}
+
+/// Whether the caller has `CAP_SYS_ADMIN`.
+pub(crate) fn capable_sys_admin() -> bool {
+    // SAFETY: Looks at the current task only.
+    unsafe { bindings::farfault_c_capable_sys_admin() }
+}
+
+/// The mmap lock of `mm`, held for reading.
+///
+/// # Invariants
+///
+/// `guard` is of `mm`.
+pub(crate) struct MmapLock<'mm> {
+    mm: &'mm MmWithUser,
+    _guard: MmapReadGuard<'mm>,
+}
+
+impl<'mm> MmapLock<'mm> {
+    /// Takes the lock; may sleep.
+    pub(crate) fn read(mm: &'mm MmWithUser) -> Self {
+        // INVARIANT: The guard is made from `mm`.
+        Self {
+            mm,
+            _guard: mm.mmap_read_lock(),
+        }
+    }
+
+    /// Takes the lock if that needs no waiting.
+    pub(crate) fn try_read(mm: &'mm MmWithUser) -> Option<Self> {
+        // INVARIANT: The guard is made from `mm`.
+        Some(Self {
+            mm,
+            _guard: mm.mmap_read_trylock()?,
+        })
+    }
+
+    /// Whose lock this is.
+    pub(crate) fn mm(&self) -> &'mm MmWithUser {
+        self.mm
+    }
+
+    /// The VMA that `address` is in.
+    pub(crate) fn vma_lookup(&self, address: usize) -> Option<Vma<'_>> {
+        self.find_vma(address).filter(|vma| vma.start() <= address)
+    }
+
+    /// The first VMA that ends above `address`: the one it is in, or else the next.
+    pub(crate) fn find_vma(&self, address: usize) -> Option<Vma<'_>> {
+        // SAFETY: `mm` has users and its mmap lock is held.
+        let vma = unsafe { bindings::find_vma(self.mm.as_raw(), address) };
+        // SAFETY: A VMA of `mm`, which stays as it is while the mmap lock is held.
+        (!vma.is_null()).then(|| unsafe { Vma::from_raw(vma) })
+    }
+}
+
+/// A VMA under the mmap lock of its address space.
+///
+/// # Invariants
+///
+/// The mmap lock is held for at least `'a`.
+#[derive(Clone, Copy)]
+pub(crate) struct Vma<'a>(&'a VmaRef);
+
+impl<'a> Vma<'a> {
+    /// # Safety
+    ///
+    /// `vma` must be valid, with its mmap lock held, for `'a`.
+    pub(super) unsafe fn from_raw(vma: *const bindings::vm_area_struct) -> Self {
+        // INVARIANT: By the function's contract.
+        // SAFETY: By the function's contract.
+        Self(unsafe { VmaRef::from_raw(vma) })
+    }
+
+    /// Private memory without a file behind it: what can move to device memory.
+    pub(crate) fn is_anonymous(&self) -> bool {
+        // SAFETY: A valid VMA.
+        unsafe { bindings::farfault_c_vma_is_anonymous(self.0.as_ptr()) }
+    }
+
+    /// Loads are allowed.
+    pub(crate) fn is_readable(&self) -> bool {
+        self.has(flags::READ)
+    }
+
+    /// Stores are allowed.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.has(flags::WRITE)
+    }
+
+    /// Stores are seen by others who map the same.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.has(flags::SHARED)
+    }
+
+    /// Of hugetlbfs.
+    pub(crate) fn is_hugetlb(&self) -> bool {
+        self.has(flags::HUGETLB)
+    }
+
+    /// `VM_SPECIAL`: of a device driver, not to be touched by anybody else.
+    pub(crate) fn is_special(&self) -> bool {
+        self.has(flags::IO | flags::DONTEXPAND | flags::PFNMAP | flags::MIXEDMAP)
+    }
+
+    /// Whether `migrate_vma_setup()` takes it. Only anonymous memory really moves to a device.
+    pub(crate) fn can_migrate(&self) -> bool {
+        // SAFETY: A valid VMA.
+        let dax = unsafe { bindings::farfault_c_vma_is_dax(self.0.as_ptr()) };
+        !(self.is_hugetlb() || self.is_special() || dax)
+    }
+
+    /// Whether any of `mask` is set.
+    fn has(&self, mask: vm_flags_t) -> bool {
+        self.0.flags() & mask != 0
+    }
+}
+
+impl Deref for Vma<'_> {
+    type Target = VmaRef;
+
+    fn deref(&self) -> &VmaRef {
+        self.0
+    }
+}

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Safe wrappers of the kernel facilities that `rust/kernel` lacks, one file each, named as in C.
+//!
+//! This folder and [`crate::bindings`] are the only places of the driver with `unsafe`. Nothing
+//! here knows of GPUs, of the protocol or of the driver's policy: each file could move to
+//! `rust/kernel` as it is.
+//!
+//! | module | C |
+//! | --- | --- |
+//! | [`chardev`] | `miscdevice.h`, with the owner and poll that `kernel::miscdevice` leaves out |
+//! | [`completion`] | `completion.h`, with time limits |
+//! | [`folio`] | folios as owned values |
+//! | [`hmm`] | `hmm_range_fault()` |
+//! | [`migrate`] | `migrate_vma_*()`, `migrate_device_range()` |
+//! | [`mm`] | the mmap lock and VMAs |
+//! | [`mmu_interval`] | `mmu_interval_notifier` with its update lock |
+//! | [`pagemap`] | `dev_pagemap` of type `MEMORY_DEVICE_PRIVATE` |
+//! | [`trace`] | the driver's trace events |
+//! | [`virtio`] | the virtio bus |
+//! | [`virtqueue`] | virtqueues |
+//! | [`workqueue`] | a workqueue of one's own, cancelling and flushing |
+#![allow(unsafe_code, reason = "wraps C")]
+
+pub(crate) mod chardev;
+pub(crate) mod completion;
+pub(crate) mod folio;
+pub(crate) mod hmm;
+pub(crate) mod migrate;
+pub(crate) mod mm;
+pub(crate) mod mmu_interval;
+pub(crate) mod pagemap;
+pub(crate) mod trace;
+pub(crate) mod virtio;
+pub(crate) mod virtqueue;
+pub(crate) mod workqueue;
