@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The GPU with its threads: who may touch it when. Manual, chapters 3 and 8 (reset).
+//!
+//! There is one lock, around [`Queues`], and everything happens under it except what takes long:
+//! executing [`Work`](crate::gpu::Work). Whoever holds it delivers what the GPU made before letting
+//! go, and interrupts the guest right after. Nobody waits with the lock held.
+//!
+//! | thread | what it does |
+//! | --- | --- |
+//! | queue (3) | kick, take requests, reply, interrupt: no other thread in between |
+//! | worker (`--threads`) | takes work, executes it, retires it, delivers events and replies |
+//! | vhost-user | memory table and ring addresses: waits here until no work uses the old ones |
+//! | main | control socket: copies what it shows under the lock, prints it without |
+//!
+//! Workers sleep on a condition variable. One that takes work wakes another if there is more, so
+//! that as many wake as there is work, and none for nothing.
+
+use super::{
+    queues::{QUEUES, Queues, TransportStats},
+    ring::Ring,
+};
+use crate::{
+    control_socket::{Answer, Request, Response},
+    gpu::{Gpu, Stats},
+};
+use farfault_protocol::config::{ConfigSpace, queue};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use serde::Serialize;
+use std::{
+    io,
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+use vm_memory::GuestMemoryMmap;
+
+/// How long work in flight may take. It is some hundred KiB for each thread, so that only a host
+/// that hardly runs at all needs so much.
+const QUIET_LIMIT: Duration = Duration::from_secs(10);
+
+/// One GPU, for one VM after the other.
+pub struct Device {
+    state: Mutex<State>,
+    /// There may be work.
+    work: Condvar,
+    /// No work is in flight, while someone waits for that.
+    quiet: Condvar,
+    config: ConfigSpace,
+}
+
+struct State {
+    queues: Queues,
+    /// How many wait until no work is in flight: none is started.
+    holds: u32,
+    /// Workers end.
+    ending: bool,
+}
+
+/// Worker threads, ended on drop.
+pub struct Workers {
+    device: Arc<Device>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What [`Request::Stats`] answers.
+#[derive(Serialize)]
+struct AllStats {
+    gpu: Stats,
+    transport: TransportStats,
+}
+
+impl Device {
+    /// A GPU without a VM.
+    pub fn new(gpu: Gpu) -> Self {
+        Self {
+            config: gpu.config_space(),
+            state: Mutex::new(State {
+                queues: Queues::new(gpu),
+                holds: 0,
+                ending: false,
+            }),
+            work: Condvar::new(),
+            quiet: Condvar::new(),
+        }
+    }
+
+    /// Starts `count` workers.
+    pub fn spawn_workers(self: &Arc<Self>, count: u32) -> io::Result<Workers> {
+        let mut workers = Workers {
+            device: Arc::clone(self),
+            threads: Vec::new(),
+        };
+        for number in 0..count {
+            let device = Arc::clone(self);
+            let thread = std::thread::Builder::new()
+                .name(format!("worker{number}"))
+                .spawn(move || device.work())?;
+            workers.threads.push(thread);
+        }
+        Ok(workers)
+    }
+
+    /// The configuration space.
+    pub(super) fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    /// Makes a ring known, which the front end has just enabled.
+    pub(super) fn attach(&self, index: u16, ring: impl FnOnce() -> Ring) {
+        self.state.lock().queues.attach(index, ring);
+    }
+
+    /// Takes all requests of queue `index`, after a kick.
+    pub(super) fn serve(&self, index: u16) {
+        self.with(|queues| queues.stats.kicks += 1);
+        let mut expected = false;
+        loop {
+            self.with(|queues| queues.begin(index));
+            let mut progress = false;
+            // The lock is given up between requests, so that no queue waits behind another one's.
+            loop {
+                let (taken, work) = self.locked(|queues| queues.take(index));
+                if work {
+                    self.start_work(index);
+                }
+                if !taken {
+                    break;
+                }
+                progress = true;
+            }
+            if expected && !progress {
+                // Chains seem to be there and cannot be had: the ring is broken, its driver too.
+                return;
+            }
+            expected = self.with(|queues| queues.end(index));
+            if !expected {
+                return;
+            }
+        }
+    }
+
+    /// Takes `memory` as the guest's RAM. On return nothing uses what was the RAM before.
+    pub(super) fn set_memory(&self, memory: Arc<GuestMemoryMmap>) -> io::Result<()> {
+        let mut state = self.state.lock();
+        state.queues.memory = memory;
+        self.wait_quiet(&mut state)
+    }
+
+    /// The front end stopped a ring. If it was the last that ran, the driver has reset the device.
+    pub(super) fn ring_stopped(&self) -> io::Result<()> {
+        let mut state = self.state.lock();
+        if state.queues.any_running() {
+            Ok(())
+        } else {
+            self.reset(&mut state)
+        }
+    }
+
+    /// The front end is gone: on return its memory is not used any more, and the GPU is as new.
+    pub(super) fn detach(&self) -> io::Result<()> {
+        let mut state = self.state.lock();
+        state.queues.forget_front_end();
+        self.reset(&mut state)
+    }
+
+    fn reset(&self, state: &mut MutexGuard<'_, State>) -> io::Result<()> {
+        state.queues.forget_requests();
+        state.queues.stats.resets += 1;
+        state.queues.gpu.reset();
+        self.wait_quiet(state)
+    }
+
+    /// Waits until no work is in flight.
+    fn wait_quiet(&self, state: &mut MutexGuard<'_, State>) -> io::Result<()> {
+        let deadline = Instant::now() + QUIET_LIMIT;
+        state.holds += 1;
+        while state.queues.gpu.work_in_flight() != 0 {
+            if self.quiet.wait_until(state, deadline).timed_out() {
+                break;
+            }
+        }
+        state.holds -= 1;
+        self.work.notify_one();
+        match state.queues.gpu.work_in_flight() {
+            0 => Ok(()),
+            left => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("{left} pieces of work still use the guest's memory after {QUIET_LIMIT:?}"),
+            )),
+        }
+    }
+
+    /// Does `action` with the lock held, then delivers what it caused and has the work done.
+    fn with<R>(&self, action: impl FnOnce(&mut Queues) -> R) -> R {
+        let (result, work) = self.locked(action);
+        if work {
+            self.work.notify_one();
+        }
+        result
+    }
+
+    /// Does `action` with the lock held, then delivers what it caused. Also tells whether there is
+    /// work now, which is up to the caller.
+    fn locked<R>(&self, action: impl FnOnce(&mut Queues) -> R) -> (R, bool) {
+        let mut state = self.state.lock();
+        let result = action(&mut state.queues);
+        state.queues.deliver();
+        let interrupts = state.queues.take_interrupts();
+        let work = state.queues.gpu.has_work();
+        drop(state);
+        interrupt(&interrupts);
+        (result, work)
+    }
+
+    /// The thread of queue `index` has made work.
+    fn start_work(&self, index: u16) {
+        if index == queue::SUBMIT {
+            // It does the first piece itself: a small copy needs no other thread.
+            let _nothing_left = self.work_round(self.state.lock());
+        } else {
+            // The control queue waits for nothing.
+            self.work.notify_one();
+        }
+    }
+
+    /// A worker's life.
+    fn work(&self) {
+        let mut state = self.state.lock();
+        while !state.ending {
+            match self.work_round(state) {
+                Ok(()) => state = self.state.lock(),
+                Err(idle) => {
+                    state = idle;
+                    self.work.wait(&mut state);
+                }
+            }
+        }
+    }
+
+    /// Executes one piece of work, or gives the lock back if there is none.
+    fn work_round<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+    ) -> Result<(), MutexGuard<'a, State>> {
+        if state.holds != 0 {
+            return Err(state);
+        }
+        let Some(work) = state.queues.gpu.next_work() else {
+            return Err(state);
+        };
+        let memory = Arc::clone(&state.queues.memory);
+        let more = state.queues.gpu.has_work();
+        drop(state);
+        if more {
+            self.work.notify_one();
+        }
+        let done = work.execute(&memory);
+        // Before it is retired: then nobody uses the memory, as `wait_quiet` promises.
+        drop(memory);
+        self.with(|queues| {
+            queues.gpu.retire(done);
+            if queues.gpu.work_in_flight() == 0 {
+                self.quiet.notify_all();
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Sends the interrupts that are due, without the lock: the guest may run at once.
+fn interrupt(due: &[Option<Ring>; QUEUES]) {
+    for ring in due.iter().flatten() {
+        ring.interrupt();
+    }
+}
+
+impl Answer for Device {
+    fn answer(&self, request: Request) -> Response {
+        let state = self.state.lock();
+        let gpu = &state.queues.gpu;
+        let answer = match request {
+            Request::Stats => serde_json::to_value(AllStats {
+                gpu: gpu.stats(),
+                transport: state.queues.stats,
+            }),
+            Request::Contexts => serde_json::to_value(gpu.contexts()),
+            Request::PageTable { context } => match gpu.page_tables(context) {
+                Some(tables) => serde_json::to_value(tables),
+                None => return Response::Error(format!("context {context} does not exist")),
+            },
+            Request::Tlb => serde_json::to_value(gpu.tlb()),
+            Request::Vram => serde_json::to_value(gpu.vram()),
+            Request::Faults => serde_json::to_value(gpu.faults()),
+            Request::Jobs => serde_json::to_value(gpu.jobs()),
+        };
+        match answer {
+            Ok(value) => Response::Ok(value),
+            Err(error) => Response::Error(format!("the answer cannot be written: {error}")),
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.device.state.lock().ending = true;
+        self.device.work.notify_all();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a worker thread panicked");
+            }
+        }
+    }
+}

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The GPU as a virtio device behind QEMU's generic vhost-user device: manual, chapters 2 and 3.
+//!
+//! | part | what it does | what it must not know |
+//! | --- | --- | --- |
+//! | `chain` | walks and copies one descriptor chain | commands, the GPU |
+//! | `ring` | one virtqueue: take, give back, interrupt | commands, the GPU |
+//! | `queues` | carries requests, replies and events between rings and GPU | threads, sockets |
+//! | `device` | the lock, the threads, waiting for quiet | descriptors, vhost-user |
+//! | `backend` | what the front end may ask | the GPU's inside |
+//! | `session` | one front end, from its connection to its end | everything above but `device` |
+//!
+//! The GPU never calls into this module: it is asked for work, events and completions.
+
+mod backend;
+mod chain;
+mod device;
+mod queues;
+mod ring;
+mod session;
+
+pub use device::{Device, Workers};
+pub use queues::TransportStats;
+pub use session::{Ended, Session, SessionError};

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What stands between the rings and the GPU: manual, chapters 3 to 6.
+//!
+//! Takes requests out of the control and submit rings, event buffers out of the event ring, and
+//! writes replies and events back in the order in which the GPU made them. Owned by
+//! [`super::Device`], under its lock; it never waits.
+//!
+//! What cannot be answered is given back with length zero and reported to the GPU, which tells the
+//! driver with a `BadDescriptor` event. That includes a reply that is longer than the chain has room
+//! for: the commands were executed, but nobody is told how they ended. A driver may not have more
+//! chains outstanding than a ring has descriptors; those beyond are given back in the same way.
+
+use super::{
+    chain::{BadChain, Chain},
+    ring::{Available, Ring},
+};
+use crate::{
+    gpu::{Gpu, Outcome, Queue},
+    rate_limit::RateLimit,
+};
+use farfault_protocol::{config::queue, control, event::EVENT_SIZE, submit};
+use serde::Serialize;
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
+use vm_memory::GuestMemoryMmap;
+
+/// Number of queues.
+pub(super) const QUEUES: usize = queue::COUNT as usize;
+
+/// Counters of the transport.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct TransportStats {
+    /// Requests taken from the control queue.
+    pub control_requests: u64,
+    /// Requests taken from the submit queue.
+    pub submit_requests: u64,
+    /// Buffers taken from the event queue.
+    pub event_buffers: u64,
+    /// Events written to them.
+    pub events: u64,
+    /// Chains given back with length zero.
+    pub bad_chains: u64,
+    /// Times that a ring itself made no sense.
+    pub bad_rings: u64,
+    /// Kicks of the driver.
+    pub kicks: u64,
+    /// Interrupts to the driver.
+    pub interrupts: u64,
+    /// Resets by the driver, and ends of VMs.
+    pub resets: u64,
+}
+
+/// The GPU with its rings.
+pub(super) struct Queues {
+    /// The GPU itself.
+    pub(super) gpu: Gpu,
+    /// The guest's RAM, as the front end told last.
+    pub(super) memory: Arc<GuestMemoryMmap>,
+    /// Counters.
+    pub(super) stats: TransportStats,
+    rings: [Option<Ring>; QUEUES],
+    max_request: usize,
+    /// Requests whose reply comes later, by tag.
+    pending: HashMap<u64, Pending>,
+    /// How many of `pending` each queue has.
+    outstanding: [usize; QUEUES],
+    next_tag: u64,
+    /// Posted and empty, oldest first. As many as the GPU has credits.
+    event_buffers: VecDeque<(u16, Chain)>,
+    bad_chain_log: RateLimit,
+    bad_ring_log: RateLimit,
+}
+
+struct Pending {
+    queue: u16,
+    head: u16,
+    chain: Chain,
+}
+
+impl Queues {
+    /// No front end yet.
+    pub(super) fn new(gpu: Gpu) -> Self {
+        let max_request = gpu.config_space().max_request.get() as usize;
+        Self {
+            gpu,
+            memory: Arc::default(),
+            stats: TransportStats::default(),
+            rings: [const { None }; QUEUES],
+            max_request,
+            pending: HashMap::new(),
+            outstanding: [0; QUEUES],
+            next_tag: 0,
+            event_buffers: VecDeque::new(),
+            bad_chain_log: RateLimit::default(),
+            bad_ring_log: RateLimit::default(),
+        }
+    }
+
+    /// Makes a ring known, which the front end has just enabled.
+    pub(super) fn attach(&mut self, index: u16, ring: impl FnOnce() -> Ring) {
+        if let Some(slot) = self.rings.get_mut(usize::from(index)) {
+            slot.get_or_insert_with(ring);
+        }
+    }
+
+    /// Whether the front end runs any ring.
+    pub(super) fn any_running(&self) -> bool {
+        self.rings.iter().flatten().any(Ring::is_running)
+    }
+
+    /// Forgets everything that belongs to the driver's rings. The GPU is reset by the caller.
+    pub(super) fn forget_requests(&mut self) {
+        self.pending.clear();
+        self.outstanding = [0; QUEUES];
+        self.event_buffers.clear();
+    }
+
+    /// Forgets the front end: its rings and its memory.
+    pub(super) fn forget_front_end(&mut self) {
+        self.forget_requests();
+        self.rings = [const { None }; QUEUES];
+        self.memory = Arc::default();
+    }
+
+    /// Tells the driver of queue `index` not to kick, as its chains are being taken.
+    pub(super) fn begin(&mut self, index: u16) {
+        let result = self.ring(index).map(Ring::disable_kicks);
+        self.check_ring(index, result.unwrap_or(Ok(())));
+    }
+
+    /// Asks for kicks of queue `index` again; whether there are chains that had none.
+    pub(super) fn end(&mut self, index: u16) -> bool {
+        let result = self.ring(index).map(Ring::enable_kicks);
+        self.check_ring(index, result.unwrap_or(Ok(false)))
+            .unwrap_or(false)
+    }
+
+    /// Takes one chain from queue `index`; whether there was one.
+    pub(super) fn take(&mut self, index: u16) -> bool {
+        let Some(ring) = self.ring(index) else {
+            return false;
+        };
+        let popped = ring.pop(&self.memory);
+        let Some(Some(available)) = self.check_ring(index, popped) else {
+            return false;
+        };
+        let head = available.head_index();
+        if let Err(why) = self.dispatch(index, available) {
+            self.give_back_bad(index, head, why);
+        }
+        self.deliver();
+        true
+    }
+
+    /// Writes the events and replies that the GPU has made. Events first: a reply may promise that
+    /// they were written before it.
+    pub(super) fn deliver(&mut self) {
+        while let Some(event) = self.gpu.next_event() {
+            self.write_event(&event);
+        }
+        while let Some(completion) = self.gpu.next_completion() {
+            match self.pending.remove(&completion.tag) {
+                Some(Pending { queue, head, chain }) => {
+                    if let Some(count) = self.outstanding.get_mut(usize::from(queue)) {
+                        *count = count.saturating_sub(1);
+                    }
+                    self.reply(queue, head, &chain, &completion.reply);
+                }
+                None => log::error!(
+                    "the GPU answers request {}, which nobody made",
+                    completion.tag
+                ),
+            }
+        }
+    }
+
+    /// The rings whose driver waits for an interrupt, to be sent when the lock is released.
+    pub(super) fn take_interrupts(&mut self) -> [Option<Ring>; QUEUES] {
+        let mut due = [const { None }; QUEUES];
+        for (index, slot) in due.iter_mut().enumerate() {
+            let Some(ring) = self.rings[index].as_mut() else {
+                continue;
+            };
+            let result = ring.interrupt_is_due();
+            if self.check_ring(index as u16, result) == Some(true) {
+                self.stats.interrupts += 1;
+                slot.clone_from(&self.rings[index]);
+            }
+        }
+        due
+    }
+
+    fn ring(&self, index: u16) -> Option<&Ring> {
+        self.rings.get(usize::from(index))?.as_ref()
+    }
+
+    fn dispatch(&mut self, index: u16, available: Available) -> Result<(), BadChain> {
+        let head = available.head_index();
+        let (least_writable, outstanding) = match index {
+            queue::CONTROL => (
+                size_of::<control::Reply>(),
+                self.outstanding[usize::from(index)],
+            ),
+            queue::SUBMIT => (
+                size_of::<submit::Reply>(),
+                self.outstanding[usize::from(index)],
+            ),
+            _ => (EVENT_SIZE, self.event_buffers.len()),
+        };
+        if outstanding >= self.ring(index).map_or(0, |ring| usize::from(ring.size())) {
+            return Err(BadChain::TooManyOutstanding);
+        }
+        let chain = Chain::walk(available, &self.memory, least_writable)?;
+        match index {
+            queue::CONTROL => self.request(Queue::Control, index, head, chain),
+            queue::SUBMIT => self.request(Queue::Submit, index, head, chain),
+            _ => {
+                self.stats.event_buffers += 1;
+                self.event_buffers.push_back((head, chain));
+                self.gpu.post_event_buffers(1);
+                Ok(())
+            }
+        }
+    }
+
+    fn request(
+        &mut self,
+        queue: Queue,
+        index: u16,
+        head: u16,
+        chain: Chain,
+    ) -> Result<(), BadChain> {
+        // One byte more than allowed is enough for the GPU to refuse the whole.
+        let request = chain.read(&self.memory, self.max_request.saturating_add(1))?;
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        let outcome = match queue {
+            Queue::Control => {
+                self.stats.control_requests += 1;
+                self.gpu.control(&request, tag)
+            }
+            Queue::Submit => {
+                self.stats.submit_requests += 1;
+                self.gpu.submit(&request, tag, &self.memory)
+            }
+        };
+        match outcome {
+            Outcome::Done(reply) => {
+                self.deliver();
+                self.reply(index, head, &chain, &reply);
+            }
+            Outcome::Pending => {
+                self.outstanding[usize::from(index)] += 1;
+                self.pending.insert(
+                    tag,
+                    Pending {
+                        queue: index,
+                        head,
+                        chain,
+                    },
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn reply(&mut self, index: u16, head: u16, chain: &Chain, reply: &[u8]) {
+        match chain.write(&self.memory, reply) {
+            Ok(written) => self.give_back(index, head, written),
+            Err(why) => self.give_back_bad(index, head, why),
+        }
+    }
+
+    fn write_event(&mut self, event: &[u8; EVENT_SIZE]) {
+        // Buffers were checked when they were posted, so only a change of the guest's memory since
+        // then can make one bad.
+        while let Some((head, chain)) = self.event_buffers.pop_front() {
+            match chain.write(&self.memory, event) {
+                Ok(written) => {
+                    self.stats.events += 1;
+                    return self.give_back(queue::EVENT, head, written);
+                }
+                Err(why) => self.give_back_bad(queue::EVENT, head, why),
+            }
+        }
+        log::error!("an event is lost: its buffer is gone");
+    }
+
+    fn give_back_bad(&mut self, index: u16, head: u16, why: BadChain) {
+        self.stats.bad_chains += 1;
+        self.bad_chain_log
+            .warn(|| format!("chain {head} of queue {index} cannot be answered: {why}"));
+        self.gpu.report_bad_descriptor(index);
+        self.give_back(index, head, 0);
+    }
+
+    fn give_back(&mut self, index: u16, head: u16, written: u32) {
+        if let Some(Some(ring)) = self.rings.get_mut(usize::from(index)) {
+            let result = ring.give_back(head, written);
+            self.check_ring(index, result);
+        }
+    }
+
+    fn check_ring<T>(&mut self, index: u16, result: Result<T, virtio_queue::Error>) -> Option<T> {
+        result
+            .inspect_err(|error| {
+                self.stats.bad_rings += 1;
+                self.bad_ring_log
+                    .warn(|| format!("the driver broke queue {index}: {error}"));
+                self.gpu.report_bad_descriptor(index);
+            })
+            .ok()
+    }
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One virtqueue, as the rest of the transport sees it: manual, chapter 3.
+//!
+//! All of it is called with the lock of [`super::Device`] held, so that a ring that was stopped under
+//! that lock is not touched afterwards. The vring's own lock inside only orders this against the
+//! vhost-user thread, which changes addresses and file descriptors.
+
+use std::sync::Arc;
+use vhost_user_backend::{VringMutex, VringT};
+use virtio_queue::{DescriptorChain, Error, QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
+
+/// One queue.
+#[derive(Clone)]
+pub(super) struct Ring {
+    vring: VringMutex,
+    /// Chains given back since the last look at whether the driver wants an interrupt.
+    given_back: bool,
+}
+
+/// A chain that the driver made available.
+pub(super) type Available = DescriptorChain<Arc<GuestMemoryMmap>>;
+
+impl Ring {
+    /// The ring behind `vring`.
+    pub(super) fn new(vring: VringMutex) -> Self {
+        Self {
+            vring,
+            given_back: false,
+        }
+    }
+
+    /// Whether the front end runs the ring.
+    pub(super) fn is_running(&self) -> bool {
+        let vring = self.vring.get_ref();
+        vring.is_enabled() && vring.get_queue().ready()
+    }
+
+    /// How many descriptors the ring has: no driver can have more chains outstanding.
+    pub(super) fn size(&self) -> u16 {
+        self.vring.get_ref().get_queue().size()
+    }
+
+    /// The next chain, if there is one and the ring runs.
+    ///
+    /// An error means that the ring's own indices make no sense or that it is not in RAM: nothing
+    /// can be returned to the driver, and only a further kick is a reason to look again.
+    pub(super) fn pop(&self, memory: &Arc<GuestMemoryMmap>) -> Result<Option<Available>, Error> {
+        if !self.is_running() {
+            return Ok(None);
+        }
+        let mut vring = self.vring.get_mut();
+        let next = vring.get_queue_mut().iter(Arc::clone(memory))?.next();
+        Ok(next)
+    }
+
+    /// Gives chain `head` back, `written` bytes of it written.
+    pub(super) fn give_back(&mut self, head: u16, written: u32) -> Result<(), Error> {
+        if !self.is_running() {
+            return Ok(());
+        }
+        // The ring would refuse it too, but would log each time.
+        if head >= self.size() {
+            return Err(Error::InvalidDescriptorIndex);
+        }
+        self.vring.add_used(head, written)?;
+        self.given_back = true;
+        Ok(())
+    }
+
+    /// Whether the driver wants an interrupt for what was given back since the last call.
+    pub(super) fn interrupt_is_due(&mut self) -> Result<bool, Error> {
+        if !std::mem::take(&mut self.given_back) || !self.is_running() {
+            return Ok(false);
+        }
+        self.vring.needs_notification()
+    }
+
+    /// Interrupts the driver. Needs no lock.
+    pub(super) fn interrupt(&self) {
+        if let Err(error) = self.vring.signal_used_queue() {
+            log::warn!("cannot interrupt the guest: {error}");
+        }
+    }
+
+    /// Tells the driver that it need not kick.
+    pub(super) fn disable_kicks(&self) -> Result<(), Error> {
+        if self.is_running() {
+            self.vring.disable_notification()
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Asks for kicks again; whether chains arrived meanwhile, whose kick may be missing.
+    pub(super) fn enable_kicks(&self) -> Result<bool, Error> {
+        if self.is_running() {
+            self.vring.enable_notification()
+        } else {
+            Ok(false)
+        }
+    }
+}

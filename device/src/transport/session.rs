@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The time that one front end is connected.
+//!
+//! A session has a thread of its own, which waits for the connection to end and then tidies up:
+//! queue threads ended, the guest's memory unmapped, the GPU reset. After it the next front end may
+//! come.
+
+use super::{
+    Device,
+    backend::{Backend, END_OF_SESSION},
+};
+use std::{
+    io,
+    os::fd::AsRawFd,
+    sync::Arc,
+    thread::{self, JoinHandle},
+};
+use vhost::vhost_user::{Error as ProtocolError, Listener};
+use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::{
+    epoll::EventSet,
+    eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
+};
+
+/// A front end's connection.
+pub struct Session {
+    thread: JoinHandle<Ended>,
+    connection: Option<ShutdownHandle>,
+}
+
+/// How a session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// A front end was there.
+    Served,
+    /// The connection was closed without a word, by someone who looked whether the device is alive.
+    Unused,
+}
+
+/// Why there is no session.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The connection cannot be set up.
+    #[error("cannot serve the front end: {0}")]
+    Daemon(DaemonError),
+    /// A thread or file descriptor cannot be had.
+    #[error("cannot serve the front end: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl Session {
+    /// Accepts the front end that waits at `listener`, and writes to `ended` when it is gone.
+    pub fn accept(
+        device: Arc<Device>,
+        listener: &mut Listener,
+        ended: EventFd,
+    ) -> Result<Self, SessionError> {
+        // Dropping the daemon waits for the queues' threads, so what ends them is there first, and
+        // on each way out of here it is dropped first.
+        let end_of_session = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let backend = Arc::new(Backend::new(Arc::clone(&device)));
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let mut daemon = VhostUserDaemon::new("vhost-user".into(), Arc::clone(&backend), memory)
+            .map_err(SessionError::Daemon)?;
+        let queues = daemon.get_epoll_handlers();
+        let end = end_of_session.as_raw_fd();
+        let threads = QueueThreads(end_of_session);
+        for queue in queues {
+            queue.register_listener(end, EventSet::IN, END_OF_SESSION)?;
+        }
+        daemon.start(listener).map_err(SessionError::Daemon)?;
+        let connection = daemon.shutdown_handle();
+        let thread = thread::Builder::new()
+            .name("session".into())
+            .spawn(move || {
+                report_end(daemon.wait());
+                drop(threads);
+                drop(daemon);
+                if let Err(error) = device.detach() {
+                    log::error!("the GPU cannot be reset after its VM: {error}");
+                }
+                let outcome = if backend.has_spoken() {
+                    Ended::Served
+                } else {
+                    Ended::Unused
+                };
+                if let Err(error) = ended.write(1) {
+                    log::error!("cannot tell that the VM is gone: {error}");
+                }
+                outcome
+            })?;
+        Ok(Self { thread, connection })
+    }
+
+    /// Closes the connection; the session ends soon.
+    pub fn close(&self) {
+        if let Some(connection) = &self.connection {
+            connection.shutdown();
+        }
+    }
+
+    /// How it ended. Only called when it has: it waits.
+    pub fn join(self) -> Ended {
+        self.thread.join().unwrap_or_else(|_| {
+            log::error!("the session's thread panicked");
+            Ended::Served
+        })
+    }
+}
+
+/// The threads of the queues, ended on drop.
+struct QueueThreads(EventFd);
+
+impl Drop for QueueThreads {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.write(1) {
+            log::error!("cannot end the queues' threads: {error}");
+        }
+    }
+}
+
+fn report_end(result: Result<(), DaemonError>) {
+    match result {
+        Ok(())
+        | Err(DaemonError::HandleRequest(
+            ProtocolError::Disconnected
+            | ProtocolError::PartialMessage
+            | ProtocolError::SocketBroken(_),
+        )) => log::debug!("the front end disconnected"),
+        Err(error) => log::error!("the connection to the front end ends: {error}"),
+    }
+}

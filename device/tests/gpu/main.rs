@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Tests of the GPU core: one thread, no socket, no clock. Each drives a [`rig::Rig`].
+
+mod control;
+mod copies;
+mod faults;
+mod garbage;
+mod jobs;
+mod mmu;
+mod model;
+mod promise;
+mod rig;
+mod scale;

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Reset, the end of a VM, and the end of the process. Manual, chapter 8.
+
+use crate::{
+    device::{Device, program},
+    guest::{DATA, DEADLINE, Guest, copy, launch, nop, ram},
+};
+use farfault_protocol::{
+    address::VramAddr,
+    config::queue,
+    pte::Location,
+    submit::{CopyRun, Kernel},
+};
+use rustix::process::Signal;
+use std::{
+    os::unix::net::UnixStream,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+use vm_memory::{Bytes, GuestAddress};
+
+/// Makes a job that never ends by itself, and a lot of copies that are on their way.
+fn start_work(guest: &mut Guest) {
+    let tables = guest.create_context(1);
+    guest.map(tables, 0x1000, Location::Vram(VramAddr::new(0x20_0000)));
+    // A word that points to itself: chased for ever.
+    guest
+        .memory
+        .write_obj(0x1000u64.to_le(), GuestAddress(DATA))
+        .unwrap();
+    guest.submit_ok(&copy(&[CopyRun::upload(
+        ram(0),
+        VramAddr::new(0x20_0000),
+        4096,
+    )]));
+    guest.submit_ok(&launch(
+        1,
+        Kernel::PointerChase,
+        1,
+        [0x1000, u64::MAX, 0, 0],
+    ));
+    for _ in 0..16 {
+        let run = CopyRun::upload(ram(0), VramAddr::new(0x40_0000), 4 << 20);
+        guest.send(queue::SUBMIT, &copy(&[run; 1]), 8);
+    }
+}
+
+fn wait_for_resets(device: &Device, count: u64) {
+    let start = Instant::now();
+    while device.transport_stat("resets") < count {
+        assert!(start.elapsed() < DEADLINE, "the GPU is not reset");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn reset_in_the_middle_of_work_makes_the_gpu_as_new() {
+    let device = Device::start();
+    let mut guest = Guest::boot(&device);
+    guest
+        .memory
+        .write_slice(&[0xaa; 4096], GuestAddress(DATA + 4096))
+        .unwrap();
+    guest.submit_ok(&copy(&[CopyRun::upload(ram(4096), VramAddr::new(0), 4096)]));
+    for _ in 0..5 {
+        start_work(&mut guest);
+        guest.stop();
+        guest.start();
+        guest.control_ok(&nop());
+    }
+    assert_eq!(
+        device
+            .json(&["inspect", "contexts"])
+            .as_array()
+            .map(Vec::len),
+        Some(0)
+    );
+    guest.submit_ok(&copy(&[CopyRun::download(
+        VramAddr::new(0),
+        ram(8192),
+        4096,
+    )]));
+    let mut after = [1; 4096];
+    guest
+        .memory
+        .read_slice(&mut after, GuestAddress(DATA + 8192))
+        .unwrap();
+    assert_eq!(after, [0; 4096], "VRAM of before the reset");
+}
+
+#[test]
+fn ram_is_not_touched_after_a_reset() {
+    let device = Device::start();
+    let mut guest = Guest::boot(&device);
+    for _ in 0..20 {
+        for _ in 0..8 {
+            let run = CopyRun::fill(0x1111_1111_1111_1111, VramAddr::new(0), 4 << 20);
+            guest.send(queue::SUBMIT, &copy(&[run]), 8);
+            let run = CopyRun::download(VramAddr::new(0), ram(0), 4 << 20);
+            guest.send(queue::SUBMIT, &copy(&[run]), 8);
+        }
+        guest.stop();
+        guest
+            .memory
+            .write_slice(&[7; 4 << 20], GuestAddress(DATA))
+            .unwrap();
+        thread::sleep(Duration::from_millis(5));
+        let mut after = vec![0; 4 << 20];
+        guest
+            .memory
+            .read_slice(&mut after, GuestAddress(DATA))
+            .unwrap();
+        assert!(
+            after.iter().all(|&byte| byte == 7),
+            "the device wrote after its reset"
+        );
+        guest.start();
+    }
+}
+
+#[test]
+fn front_end_that_disconnects_in_the_middle_leaves_a_new_gpu_to_the_next() {
+    let device = Device::start();
+    for round in 1..=3 {
+        let mut guest = Guest::boot(&device);
+        guest.control_ok(&nop());
+        start_work(&mut guest);
+        drop(guest);
+        wait_for_resets(&device, round);
+    }
+    let mut guest = Guest::boot(&device);
+    assert_eq!(
+        device
+            .json(&["inspect", "contexts"])
+            .as_array()
+            .map(Vec::len),
+        Some(0)
+    );
+    guest.control_ok(&nop());
+}
+
+#[test]
+fn front_ends_one_after_the_other_leak_nothing() {
+    let device = Device::start();
+    let serve = |round| {
+        let mut guest = Guest::boot(&device);
+        guest.control_ok(&nop());
+        drop(guest);
+        wait_for_resets(&device, round);
+    };
+    serve(1);
+    let before = device.open_files();
+    for round in 2..=20 {
+        serve(round);
+    }
+    // The last session may still be closing its own.
+    let start = Instant::now();
+    while device.open_files() > before {
+        assert!(
+            start.elapsed() < DEADLINE,
+            "{} open files, {before} before",
+            device.open_files()
+        );
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn once_ends_with_the_first_vm_but_not_with_someone_who_only_looks() {
+    let mut device = Device::start_with(&["--vram", "4M", "--once"]);
+    drop(UnixStream::connect(device.socket()).unwrap());
+    let mut guest = Guest::boot(&device);
+    guest.control_ok(&nop());
+    device.assert_alive();
+    drop(guest);
+    assert!(device.wait().success());
+    assert!(!device.socket().exists() && !device.control().exists());
+}
+
+#[test]
+fn signal_ends_the_process_cleanly() {
+    for with_vm in [false, true] {
+        for signal in [Signal::TERM, Signal::INT] {
+            let mut device = Device::start();
+            let guest = with_vm.then(|| {
+                let mut guest = Guest::boot(&device);
+                start_work(&mut guest);
+                guest
+            });
+            device.signal(signal);
+            assert!(device.wait().success(), "{}", device.log());
+            assert!(!device.socket().exists() && !device.control().exists());
+            drop(guest);
+        }
+    }
+}
+
+#[test]
+fn second_device_on_a_socket_in_use_is_refused() {
+    let device = Device::start();
+    let output = Command::new(program())
+        .arg("--socket")
+        .arg(device.socket())
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        message.contains("in use") && message.trim().lines().count() == 1,
+        "{message}"
+    );
+    Guest::boot(&device).control_ok(&nop());
+}
+
+#[test]
+fn socket_left_by_a_killed_device_is_replaced() {
+    let mut first = Device::start();
+    first.signal(Signal::KILL);
+    first.wait();
+    assert!(first.socket().exists());
+    let mut second = Command::new(program())
+        .arg("--socket")
+        .arg(first.socket())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    while UnixStream::connect(first.socket()).is_err() {
+        assert!(start.elapsed() < DEADLINE, "the socket is not replaced");
+        thread::sleep(Duration::from_millis(2));
+    }
+    second.kill().unwrap();
+    second.wait().unwrap();
+}
