@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Out-of-line copies of static inlines and macros that bindgen cannot see. No logic, one call each. */
 #include <linux/capability.h>
+#include <linux/completion.h>
 #include <linux/fs.h>
 #include <linux/gfp.h>
 #include <linux/ioport.h>
@@ -8,6 +9,7 @@
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
 #include <linux/pagemap.h>
+#include <linux/spinlock.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 
@@ -155,4 +157,27 @@ bool farfault_c_mmu_interval_read_retry(struct mmu_interval_notifier *mni, unsig
 bool farfault_c_capable_sys_admin(void)
 {
 	return capable(CAP_SYS_ADMIN);
+}
+
+void farfault_c_reinit_completion(struct completion *x)
+{
+	reinit_completion(x);
+}
+
+unsigned long farfault_c_spin_lock_irqsave(spinlock_t *lock)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(lock, flags);
+	return flags;
+}
+
+bool farfault_c_spin_trylock_irqsave(spinlock_t *lock, unsigned long *flags)
+{
+	return spin_trylock_irqsave(lock, *flags);
+}
+
+void farfault_c_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags)
+{
+	spin_unlock_irqrestore(lock, flags);
 }

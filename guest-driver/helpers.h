@@ -6,8 +6,10 @@
 #ifndef FARFAULT_HELPERS_H
 #define FARFAULT_HELPERS_H
 
+#include <linux/spinlock_types.h>
 #include <linux/types.h>
 
+struct completion;
 struct dev_pagemap;
 struct folio;
 struct mmu_interval_notifier;
@@ -53,6 +55,10 @@ void farfault_c_mmu_interval_set_seq(struct mmu_interval_notifier *mni, unsigned
 bool farfault_c_mmu_interval_read_retry(struct mmu_interval_notifier *mni, unsigned long seq);
 
 bool farfault_c_capable_sys_admin(void);
+void farfault_c_reinit_completion(struct completion *x);
+unsigned long farfault_c_spin_lock_irqsave(spinlock_t *lock);
+bool farfault_c_spin_trylock_irqsave(spinlock_t *lock, unsigned long *flags);
+void farfault_c_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
 
 void farfault_c_trace_fault(u32 device, u32 context, u64 address, u32 access, int result,
 			    u64 pages);

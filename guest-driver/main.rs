@@ -1,49 +1,123 @@
 // SPDX-License-Identifier: GPL-2.0
-//! farfault.ko: the driver of the Farfault GPU.
+//! `farfault.ko`: the Linux driver of the Farfault GPU.
 //!
-//! The crate's root: the module, and which device it is for.
-
-use kernel::{driver::Registration, prelude::*};
+//! | layer | what it knows |
+//! | --- | --- |
+//! | `file` | what user space may ask |
+//! | `svm` | mirrors, faults, migration, eviction |
+//! | `gpu`, `vram`, `queue` | the device, who owns its memory, requests and answers |
+//! | `kapi` | safe wrappers of the kernel's C |
+//! | `bindings` | the C itself |
+//!
+//! A layer uses those below it. `unsafe` is in the last two and nowhere else.
+#![deny(unsafe_code)]
 
 mod bindings;
+mod file;
+mod gpu;
 mod kapi;
+mod queue;
+mod stats;
+mod svm;
+#[path = "lib/src/uapi.rs"]
+pub mod uapi;
+mod vram;
 
-/// The loaded module.
-#[pin_data]
-struct Farfault {
-    #[pin]
-    _driver: Registration<kapi::virtio::Adapter<Gpu>>,
-}
+use crate::{
+    file::OpenFile,
+    gpu::{Gpu, Interrupts, QUEUES},
+    kapi::{
+        chardev::Chardev,
+        virtio::{self, Device},
+        virtqueue::Queues,
+    },
+};
+use farfault_protocol::config::VIRTIO_ID;
+use kernel::{
+    debugfs::Scope,
+    device::{Bound, Core},
+    driver::Registration,
+    prelude::*,
+    sync::Arc,
+};
 
-struct Gpu;
+virtio_device_table!(TABLE, MODULE_TABLE, [VIRTIO_ID]);
 
-virtio_device_table!(TABLE, MODULE_TABLE, [farfault_protocol::config::VIRTIO_ID]);
+/// A GPU in use: when this goes, it is stopped.
+struct Running(Arc<Gpu>);
 
-impl kapi::virtio::Driver for Gpu {
-    type Data<'bound> = ();
-    const ID_TABLE: kapi::virtio::IdTable = &TABLE;
-    const FEATURES: &'static [u32] = &[kapi::virtio::F_VERSION_1];
-
-    fn probe<'bound>(
-        dev: &'bound kapi::virtio::Device<kernel::device::Core<'_>>,
-    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
-        dev_info!(dev.as_ref(), "probe\n");
-        Ok::<(), Error>(())
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.stop();
     }
 }
 
-impl kernel::InPlaceModule for Farfault {
+/// What a bound device has, in the order in which it goes.
+#[pin_data]
+struct BoundGpu<'bound> {
+    #[pin]
+    debugfs: Scope<Arc<Gpu>>,
+    #[pin]
+    chardev: Chardev<OpenFile>,
+    running: Running,
+    #[pin]
+    queues: Queues<'bound, Interrupts, QUEUES>,
+}
+
+struct Driver;
+
+impl virtio::Driver for Driver {
+    type Data<'bound> = BoundGpu<'bound>;
+    const ID_TABLE: virtio::IdTable = &TABLE;
+    const FEATURES: &'static [u32] = &[virtio::F_VERSION_1];
+
+    fn probe<'bound>(
+        device: &'bound Device<Core<'_>>,
+    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
+        let device: &'bound Device<Bound> = device;
+        pin_init::pin_init_scope(move || {
+            let gpu = Gpu::new(device)?;
+            let shared = gpu.clone();
+            Ok(try_pin_init!(BoundGpu {
+                queues <- Queues::new(device, [c"control", c"submit", c"event"], Ok::<_, Error>(gpu.interrupts())),
+                running: {
+                    let running = Running(gpu.clone());
+                    gpu.start(&queues)?;
+                    running
+                },
+                chardev <- Chardev::new("farfault", 0o666, shared.clone()),
+                debugfs <- Scope::dir(shared, chardev.name(), |gpu, dir| {
+                    dir.read_callback_file(c"stats", gpu, &|gpu, f| gpu.write_stats(f));
+                }),
+            }? Error))
+        })
+    }
+
+    fn unbind<'bound>(_: &'bound Device<Core<'_>>, data: Pin<&Self::Data<'bound>>) {
+        data.running.0.stop();
+        data.queues.reset();
+        data.running.0.end();
+    }
+}
+
+#[pin_data]
+struct Module {
+    #[pin]
+    driver: Registration<virtio::Adapter<Driver>>,
+}
+
+impl kernel::InPlaceModule for Module {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            _driver <- Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),
+            driver <- Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),
         })
     }
 }
 
 module! {
-    type: Farfault,
+    type: Module,
     name: "farfault",
     authors: ["The Farfault authors"],
     description: "Driver of the Farfault virtual GPU",
-    license: "GPL v2",
+    license: "GPL",
 }

@@ -45,6 +45,12 @@ impl Completion {
         unsafe { bindings::completion_done(self.inner.get()) }
     }
 
+    /// Makes it not done again. Nobody may be waiting, or about to complete it.
+    pub(crate) fn reinit(&self) {
+        // SAFETY: A valid completion. Who waits or completes at once gets a wrong answer, no more.
+        unsafe { bindings::farfault_c_reinit_completion(self.inner.get()) };
+    }
+
     /// Waits, whatever signals come. Fails with `ETIMEDOUT`.
     pub(crate) fn wait_timeout(&self, limit: Delta) -> Result {
         // SAFETY: A valid completion.

@@ -301,24 +301,22 @@ impl<'a> Collected<'a> {
         })
     }
 
-    /// What may move. Holes are found in both directions; those of [`Collected::device_to_system`]
-    /// are best left alone.
-    pub(crate) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
-        self.raw
-            .src()
-            .iter()
-            .enumerate()
-            .filter(|(_, src)| **src & MIGRATE != 0)
-            .map(|(index, src)| Entry {
-                index,
-                order: order_of(*src),
-                source: if src & VALID != 0 {
-                    Source::Page(Pfn(src >> SHIFT))
-                } else {
-                    Source::Hole
-                },
-                write: src & WRITE != 0,
-            })
+    /// The first folio that may move from page `from` on. Holes are found in both directions; those
+    /// of [`Collected::device_to_system`] are best left alone.
+    pub(crate) fn next_entry(&self, from: usize) -> Option<Entry> {
+        let src = self.raw.src().get(from..)?;
+        let index = from + src.iter().position(|src| src & MIGRATE != 0)?;
+        let src = self.raw.src()[index];
+        Some(Entry {
+            index,
+            order: order_of(src),
+            source: if src & VALID != 0 {
+                Source::Page(Pfn(src >> SHIFT))
+            } else {
+                Source::Hole
+            },
+            write: src & WRITE != 0,
+        })
     }
 
     /// The address of a page; for [`Collected::device_range`], from the range's start.

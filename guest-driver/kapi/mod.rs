@@ -15,6 +15,7 @@
 //! | [`mm`] | the mmap lock and VMAs |
 //! | [`mmu_interval`] | `mmu_interval_notifier` with its update lock |
 //! | [`pagemap`] | `dev_pagemap` of type `MEMORY_DEVICE_PRIVATE` |
+//! | [`spinlock_irq`] | `spin_lock_irqsave()` |
 //! | [`trace`] | the driver's trace events |
 //! | [`virtio`] | the virtio bus |
 //! | [`virtqueue`] | virtqueues |
@@ -29,6 +30,7 @@ pub(crate) mod migrate;
 pub(crate) mod mm;
 pub(crate) mod mmu_interval;
 pub(crate) mod pagemap;
+pub(crate) mod spinlock_irq;
 pub(crate) mod trace;
 pub(crate) mod virtio;
 pub(crate) mod virtqueue;

@@ -1,0 +1,549 @@
+// SPDX-License-Identifier: GPL-2.0
+//! One GPU: its facts, its queues, its VRAM, and the address spaces on it.
+//!
+//! A GPU is in use from probe on. It leaves that state once: it is *gone* when the driver is unbound
+//! (users get `ENODEV`), or *lost* when it stops answering (users get `EIO`); in both all that waits
+//! is told. What is open keeps its memory, and nothing else.
+//!
+//! Locking: `spaces` and `pagemap` are leaves, held for a look-up only.
+
+use crate::{
+    kapi::{
+        pagemap::DevicePagemap,
+        trace::Cause,
+        virtio::Device,
+        virtqueue::{QueueHandler, Queues},
+        workqueue::WorkQueue,
+    },
+    queue::{
+        batch::REQUEST_BYTES,
+        event::{Event, Events},
+        Batch, Channel, CopyList,
+    },
+    stats::Counters,
+    svm::{
+        page_table::{PageTable, Supplies},
+        residence::{Pagemap, Residence},
+        Space,
+    },
+    uapi,
+    vram::{Vram, VramPage, BLOCK_PAGES},
+};
+use farfault_protocol::{
+    address::HUGE_PAGE_SIZE,
+    command::Status,
+    config::{self, ConfigSpace, Features},
+    control::Reply,
+    event::{ErrorCode, ErrorEvent},
+    submit::Launch,
+};
+use kernel::{
+    device,
+    device::Bound,
+    new_mutex, new_spinlock,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{Atomic, Full, Relaxed},
+        Arc, Mutex, SpinLock,
+    },
+    time::{delay::fsleep, Delta},
+    workqueue::{impl_has_work, new_work, Work, WorkItem},
+};
+
+/// Queues of the device.
+pub(crate) const QUEUES: usize = config::queue::COUNT as usize;
+/// Most contexts that this driver keeps; the device may offer more.
+const MOST_CONTEXTS: u32 = 64;
+/// One page of this many may hold tables of one address space.
+const TABLE_SHARE: usize = 16;
+/// Least tables that an address space may have whatever the size of VRAM.
+const LEAST_TABLES: usize = 64;
+/// Looks for pages that are on their way home when the driver is unbound, and the pause between.
+const UNBIND_LOOKS: usize = 3000;
+const UNBIND_PAUSE: Delta = Delta::from_millis(10);
+
+const LIVE: u32 = 0;
+const GONE: u32 = 1;
+const LOST: u32 = 2;
+
+/// Facts from the configuration space, checked.
+pub(crate) struct Limits {
+    pub(crate) vram_pages: usize,
+    pub(crate) serial: u64,
+    pub(crate) max_waves: u32,
+    pub(crate) max_copy_run: u32,
+    max_contexts: u32,
+}
+
+impl Limits {
+    /// `ENODEV`: not a GPU that this driver knows; says why.
+    fn check(device: &device::Device, config: &ConfigSpace) -> Result<Self> {
+        if config.magic != config::MAGIC {
+            // Some other device with this number: no reason to complain.
+            return Err(ENODEV);
+        }
+        let (major, minor) = (config.version_major.get(), config.version_minor.get());
+        if major != config::VERSION_MAJOR {
+            dev_err!(
+                device,
+                "the device speaks protocol {major}.{minor}, this driver {}.x: update the older\n",
+                config::VERSION_MAJOR
+            );
+            return Err(ENODEV);
+        }
+        let needed = Features::HUGE_PAGES | Features::ACCESSED_DIRTY | Features::ATOMICS;
+        let vram = config.vram_size.get();
+        let usable = config.features().has(needed)
+            && vram != 0
+            && vram % HUGE_PAGE_SIZE == 0
+            && vram >> PAGE_SHIFT <= u64::from(u32::MAX)
+            && config.max_request.get() as usize >= REQUEST_BYTES
+            && u64::from(config.max_copy_run.get()) >= HUGE_PAGE_SIZE
+            && config.max_contexts.get() > 0;
+        if !usable {
+            dev_err!(device, "the device's limits are too small for this driver: {config:?}\n");
+            return Err(ENODEV);
+        }
+        Ok(Self {
+            vram_pages: (vram >> PAGE_SHIFT) as usize,
+            serial: config.serial.get(),
+            max_waves: config.max_waves.get(),
+            max_copy_run: config.max_copy_run.get(),
+            max_contexts: config.max_contexts.get().min(MOST_CONTEXTS),
+        })
+    }
+}
+
+/// A context number of the device.
+enum Slot {
+    Free,
+    /// Being opened or closed.
+    Reserved,
+    Open(Arc<Space>),
+}
+
+/// A GPU.
+#[pin_data]
+pub(crate) struct Gpu {
+    device: ARef<device::Device>,
+    index: u32,
+    pub(crate) limits: Limits,
+    state: Atomic<u32>,
+    pub(crate) counters: Counters,
+    #[pin]
+    control: Channel,
+    #[pin]
+    submit: Channel,
+    #[pin]
+    events: Events,
+    #[pin]
+    pub(crate) vram: Vram,
+    #[pin]
+    spaces: Mutex<KVec<Slot>>,
+    #[pin]
+    pagemap: SpinLock<Option<Arc<Pagemap>>>,
+    workers: WorkQueue,
+    #[pin]
+    drain: Work<Gpu>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Gpu { self.drain }
+}
+
+impl WorkItem for Gpu {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.drain_events();
+    }
+}
+
+/// What the interrupt of a queue does.
+pub(crate) struct Interrupts {
+    gpu: Arc<Gpu>,
+}
+
+impl QueueHandler for Interrupts {
+    fn notify(&self, queue: usize) {
+        match queue as u16 {
+            config::queue::CONTROL => self.gpu.control.interrupt(),
+            config::queue::SUBMIT => self.gpu.submit.interrupt(),
+            _ => {
+                // If it is queued already, it will see this event too.
+                let _ = self.gpu.workers.enqueue(self.gpu.clone());
+            }
+        }
+    }
+}
+
+impl Gpu {
+    /// The GPU behind a device that is being probed. It does nothing yet.
+    pub(crate) fn new(device: &Device<Bound>) -> Result<Arc<Self>> {
+        let config: ConfigSpace = device.read_config()?;
+        let limits = Limits::check(device.as_ref(), &config)?;
+        let mut slots = KVec::new();
+        for _ in 0..limits.max_contexts {
+            slots.push(Slot::Free, GFP_KERNEL)?;
+        }
+        let vram_pages = limits.vram_pages;
+        Arc::pin_init(
+            try_pin_init!(Self {
+                index: device.index(),
+                device: device.device(),
+                limits,
+                state: Atomic::new(LIVE),
+                counters: Counters::new(),
+                control <- Channel::new(),
+                submit <- Channel::new(),
+                events <- Events::new(),
+                vram <- Vram::new(vram_pages),
+                spaces <- new_mutex!(slots),
+                pagemap <- new_spinlock!(None),
+                workers: WorkQueue::new(c"farfault")?,
+                drain <- new_work!("farfault_events"),
+            }? Error),
+            GFP_KERNEL,
+        )
+    }
+
+    /// The handler of the queues' interrupts.
+    pub(crate) fn interrupts(self: &Arc<Self>) -> Interrupts {
+        Interrupts { gpu: self.clone() }
+    }
+
+    /// Takes the queues into use and makes VRAM known to mm.
+    pub(crate) fn start(self: &Arc<Self>, queues: &Queues<'_, Interrupts, QUEUES>) -> Result {
+        self.control.open(queues, config::queue::CONTROL)?;
+        self.submit.open(queues, config::queue::SUBMIT)?;
+        let buffers = self.events.open(queues, config::queue::EVENT)?;
+        queues.ready();
+        self.events.kick();
+        let residence = Ok::<_, Error>(Residence::new(self.clone()));
+        let map = DevicePagemap::new(c"farfault", self.limits.vram_pages, residence);
+        let map = Arc::pin_init(map, GFP_KERNEL).inspect_err(|e| {
+            dev_err!(
+                self.device,
+                "no physical address range for {} MiB of VRAM: {e:?}. Try a smaller --vram\n",
+                self.limits.vram_pages >> (20 - PAGE_SHIFT)
+            );
+        })?;
+        *self.pagemap.lock() = Some(map);
+        dev_info!(
+            self.device,
+            "GPU {} with {} MiB of VRAM, fault buffer of {buffers}\n",
+            self.limits.serial,
+            self.limits.vram_pages >> (20 - PAGE_SHIFT)
+        );
+        Ok(())
+    }
+
+    /// Ends all use of the GPU: jobs fail, address spaces close, every page comes home. The device
+    /// must still answer, if it is not lost. May be called again.
+    pub(crate) fn stop(&self) {
+        let before = self.state.xchg(GONE, Full);
+        if before == GONE {
+            return;
+        }
+        let count = self.spaces.lock().len();
+        for context in 0..count as u32 {
+            if let Some(space) = self.space(context) {
+                space.close(uapi::JobStatus::DeviceLost);
+            }
+        }
+        let Some(map) = self.pagemap.lock().clone() else {
+            return;
+        };
+        for look in 0..UNBIND_LOOKS {
+            if map.in_use() == 0 || before == LOST {
+                break;
+            }
+            self.bring_all_home(None, Cause::Unbind);
+            if look != 0 {
+                fsleep(UNBIND_PAUSE);
+            }
+        }
+        let left = map.in_use();
+        if left != 0 {
+            dev_err!(
+                self.device,
+                "{left} pages can't come home from VRAM: waiting for their processes to exit\n"
+            );
+        }
+        drop(map);
+        // Outside of the lock: it waits until mm has forgotten the pages.
+        let map = self.pagemap.lock().take();
+        drop(map);
+    }
+
+    /// After the device was reset: whoever still waits is told, and the workers end.
+    pub(crate) fn end(&self) {
+        self.control.close();
+        self.submit.close();
+        self.events.close();
+        self.workers.flush();
+    }
+
+    /// Number of the GPU, for traces.
+    pub(crate) fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// `ENODEV`: unbound. `EIO`: lost.
+    pub(crate) fn usable(&self) -> Result {
+        match self.state.load(Relaxed) {
+            LIVE => Ok(()),
+            LOST => Err(EIO),
+            _ => Err(ENODEV),
+        }
+    }
+
+    /// The pages of VRAM as mm has them. `ENODEV`: unbound.
+    pub(crate) fn pagemap(&self) -> Result<Arc<Pagemap>> {
+        self.pagemap.lock().clone().ok_or(ENODEV)
+    }
+
+    /// Declares the device lost, once: nothing is sent to it any more, and all jobs fail.
+    pub(crate) fn lose(&self, what: &str, error: Error) {
+        if self.state.cmpxchg(LIVE, LOST, Full).is_err() {
+            return;
+        }
+        dev_err!(
+            self.device,
+            "{what} ({error:?}): the device is lost. Jobs fail; what only VRAM held is gone\n"
+        );
+        let count = self.spaces.lock().len();
+        for context in 0..count as u32 {
+            if let Some(space) = self.space(context) {
+                space.jobs.close(uapi::JobStatus::DeviceLost);
+            }
+        }
+    }
+
+    fn reachable(&self) -> Result {
+        match self.state.load(Relaxed) {
+            LOST => Err(EIO),
+            _ => Ok(()),
+        }
+    }
+
+    /// What a failed exchange with the device means: lost, unless it is the driver that went away or
+    /// memory that is short.
+    fn exchanged<T>(&self, what: &str, result: Result<T>) -> Result<T> {
+        if let Err(error) = result {
+            if error == ETIMEDOUT || error == EIO {
+                self.lose(what, error);
+                return Err(EIO);
+            }
+        }
+        result
+    }
+
+    /// Sends a batch of control commands, all of which must succeed. `EIO`: the device is lost.
+    pub(crate) fn control(&self, batch: &mut Batch) -> Result<Reply> {
+        self.reachable()?;
+        let result = self.control.control(batch);
+        let result = result.and_then(|(status, reply)| match status {
+            Status::Ok => Ok(reply),
+            status => {
+                dev_err!(
+                    self.device,
+                    "command {} of a request failed: {status:?}\n",
+                    reply.completed.get()
+                );
+                Err(EIO)
+            }
+        });
+        self.exchanged("a control request failed", result)
+    }
+
+    /// Sends one control command that may find `tolerated` instead of success. Returns its value if
+    /// it succeeded.
+    pub(crate) fn control_tolerating(
+        &self,
+        batch: &mut Batch,
+        tolerated: Status,
+    ) -> Result<Option<u64>> {
+        self.reachable()?;
+        let result = self.control.control(batch).and_then(|(status, reply)| match status {
+            Status::Ok => Ok(Some(reply.value.get())),
+            status if status == tolerated => Ok(None),
+            _ => Err(EIO),
+        });
+        self.exchanged("a control request failed", result)
+    }
+
+    /// An empty command, to see whether the device answers.
+    pub(crate) fn ping(&self) -> Result {
+        let mut batch = Batch::new()?;
+        batch.clear();
+        batch.nop()?;
+        self.control(&mut batch).map(|_| ())
+    }
+
+    /// Moves the bytes of all runs.
+    pub(crate) fn copy(&self, list: CopyList) -> Result {
+        self.reachable()?;
+        self.exchanged("a copy failed", self.submit.copy(list))
+    }
+
+    /// Starts a job.
+    pub(crate) fn launch(&self, launch: &Launch) -> Result {
+        self.reachable()?;
+        self.exchanged("a launch failed", self.submit.launch(launch))
+    }
+
+    /// A context number. `ENOSPC`: all are in use.
+    pub(crate) fn reserve_context(&self) -> Result<u32> {
+        self.usable()?;
+        let mut spaces = self.spaces.lock();
+        let free = spaces.iter().position(|slot| matches!(slot, Slot::Free));
+        let context = free.ok_or(ENOSPC)?;
+        spaces[context] = Slot::Reserved;
+        Ok(context as u32)
+    }
+
+    /// Makes the address space of a context known to events.
+    pub(crate) fn publish_context(&self, context: u32, space: Arc<Space>) {
+        if let Some(slot) = self.spaces.lock().get_mut(context as usize) {
+            *slot = Slot::Open(space);
+        }
+    }
+
+    /// Makes a context number free again.
+    pub(crate) fn release_context(&self, context: u32) {
+        let slot = match self.spaces.lock().get_mut(context as usize) {
+            Some(slot) => core::mem::replace(slot, Slot::Free),
+            None => return,
+        };
+        drop(slot);
+    }
+
+    /// The address space of a context.
+    pub(crate) fn space(&self, context: u32) -> Option<Arc<Space>> {
+        match self.spaces.lock().get(context as usize)? {
+            Slot::Open(space) => Some(space.clone()),
+            Slot::Free | Slot::Reserved => None,
+        }
+    }
+
+    /// Ends a context on the device.
+    pub(crate) fn destroy_context(&self, context: u32) {
+        let sent = Batch::new().and_then(|mut batch| {
+            batch.clear();
+            batch.destroy_context(context)?;
+            self.control_tolerating(&mut batch, Status::BadContext)
+        });
+        if let Err(error) = sent {
+            self.lose("a context could not be ended", error);
+        }
+    }
+
+    /// Counts for the address space of a context, if there is one, and for the GPU.
+    pub(crate) fn count(
+        &self,
+        context: Option<u32>,
+        counter: impl Fn(&Counters) -> &Atomic<u64>,
+        n: u64,
+    ) {
+        counter(&self.counters).fetch_add(n, Relaxed);
+        if let Some(space) = context.and_then(|context| self.space(context)) {
+            counter(&space.counters).fetch_add(n, Relaxed);
+        }
+    }
+
+    /// A page for a table, with a block sent home if need be. No mmap lock may be held.
+    pub(crate) fn take_table(&self) -> Result<VramPage> {
+        if let Some(table) = self.vram.take_table() {
+            return Ok(table);
+        }
+        self.evict_block(Cause::Evict)?;
+        self.vram.take_table().ok_or(ENOSPC)
+    }
+
+    /// Tables for one mapping, likewise.
+    pub(crate) fn supplies(&self) -> Result<Supplies> {
+        match Supplies::for_region(&self.vram) {
+            Err(e) if e == ENOSPC => {
+                self.evict_block(Cause::Evict)?;
+                Supplies::for_region(&self.vram)
+            }
+            supplies => supplies,
+        }
+    }
+
+    /// Whether the tables of one address space take more than their share of VRAM.
+    pub(crate) fn is_crowded(&self, table: &PageTable) -> bool {
+        table.tables() > (self.limits.vram_pages / TABLE_SHARE).max(LEAST_TABLES)
+    }
+
+    /// Passes on what the device reported.
+    fn drain_events(&self) {
+        let mut faulted = 0u64;
+        while let Some(event) = self.events.next() {
+            match event {
+                Event::Fault(fault) => {
+                    let context = fault.header.context.get();
+                    if let Some(space) = self.space(context) {
+                        space.fault_event(&fault);
+                        faulted |= 1 << context;
+                    }
+                }
+                Event::Fence(fence) => {
+                    if let Some(space) = self.space(fence.header.context.get()) {
+                        space.fence_event(&fence);
+                    }
+                }
+                Event::Error(error) => faulted |= self.error_event(&error),
+                Event::Unknown => dev_err!(self.device, "the device sent an unknown event\n"),
+            }
+        }
+        self.events.kick();
+        for context in (0..MOST_CONTEXTS).filter(|context| faulted & (1 << context) != 0) {
+            if let Some(space) = self.space(context) {
+                // If it is queued already, it will see these faults too.
+                let _ = self.workers.enqueue(space);
+            }
+        }
+    }
+
+    /// Returns which address spaces have something to do about it.
+    fn error_event(&self, error: &ErrorEvent) -> u64 {
+        match ErrorCode::from_raw(error.code.get()) {
+            Some(ErrorCode::FaultOverflow) => {
+                let mut overflowed = 0;
+                for context in 0..self.limits.max_contexts {
+                    if let Some(space) = self.space(context) {
+                        space.overflow_event();
+                        overflowed |= 1 << context;
+                    }
+                }
+                overflowed
+            }
+            Some(ErrorCode::BadDescriptor) | None => {
+                dev_err!(
+                    self.device,
+                    "the device reports error {} ({})\n",
+                    error.code.get(),
+                    error.detail.get()
+                );
+                0
+            }
+        }
+    }
+
+    /// Writes what debugfs shows.
+    pub(crate) fn write_stats(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
+        crate::stats::write_lines(&self.counters.read(), f)?;
+        let contexts = (0..self.limits.max_contexts).filter(|&c| self.space(c).is_some()).count();
+        let vram = self.vram.pages();
+        writeln!(f, "contexts {contexts}")?;
+        writeln!(f, "vram_pages {vram}")?;
+        writeln!(f, "vram_pages_used {}", vram - self.vram.free_pages())?;
+        writeln!(f, "vram_blocks {}", vram / BLOCK_PAGES)?;
+        let in_use = self.pagemap().map_or(0, |map| map.in_use());
+        writeln!(f, "vram_pages_in_folios {in_use}")
+    }
+}

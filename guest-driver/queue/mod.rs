@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Requests to the device and their answers (hardware manual, chapter 3).
+//!
+//! A [`Channel`] is the control or the submit queue: [`Channel::call`] sends one request and waits,
+//! with a time limit, for its answer. Answers are taken from the ring in the interrupt itself, so
+//! that the one who waits is the only one to wake.
+//!
+//! What a request that ran out of time held stays with the device until it is reset: its memory is
+//! the queue's, and the caller gets `ETIMEDOUT` and nothing else.
+//!
+//! Locking: a channel's ring is behind an interrupt-safe spinlock, held for no other.
+
+pub(crate) mod batch;
+pub(crate) mod copy;
+pub(crate) mod event;
+
+pub(crate) use self::{batch::Batch, copy::CopyList};
+
+use crate::kapi::{
+    completion::Completion,
+    spinlock_irq::{new_spinlock_irq, SpinLockIrq},
+    virtqueue::{Transfer, Virtqueue},
+};
+use farfault_protocol::{
+    command::{CommandHeader, Status},
+    control, submit,
+};
+use kernel::{prelude::*, sync::Arc, time::Delta};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// How long one request may take before the device counts as lost. An invalidation waits for
+/// accesses in flight, each of which is short; a copy moves at most 2 MiB.
+pub(crate) const TIME_LIMIT: Delta = Delta::from_secs(20);
+
+type Message = KBox<Transfer<Arc<Call>>>;
+
+/// Where a request is.
+enum Progress {
+    /// With the caller, or in the ring.
+    Sent,
+    Answered(Message),
+    /// The caller went away: nobody wants the answer.
+    Abandoned,
+}
+
+/// One request at a time, used again and again.
+#[pin_data]
+struct Call {
+    #[pin]
+    answered: Completion,
+    #[pin]
+    progress: SpinLockIrq<Progress>,
+}
+
+impl Call {
+    fn new() -> Result<Arc<Self>> {
+        Arc::pin_init(
+            try_pin_init!(Self {
+                answered <- Completion::new(),
+                progress <- new_spinlock_irq!(Progress::Sent),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// The device is done with the message.
+    fn answer(&self, message: Message) {
+        let mut progress = self.progress.lock();
+        let before = core::mem::replace(&mut *progress, Progress::Answered(message));
+        if let Progress::Abandoned = before {
+            let answer = core::mem::replace(&mut *progress, Progress::Abandoned);
+            drop(progress);
+            drop(answer);
+            return;
+        }
+        drop(progress);
+        self.answered.complete_all();
+    }
+}
+
+/// Memory for a request and its reply.
+pub(crate) struct Request {
+    call: Arc<Call>,
+    /// `None` once the device has kept it beyond the time limit.
+    message: Option<Message>,
+}
+
+impl Request {
+    /// Room for a request of `request` bytes and a reply of `reply` bytes.
+    fn new(request: usize, reply: usize) -> Result<Self> {
+        let call = Call::new()?;
+        let message = Transfer::new(request, reply, call.clone(), GFP_KERNEL)?;
+        Ok(Self {
+            call,
+            message: Some(message),
+        })
+    }
+
+    /// The bytes of the request.
+    fn bytes(&mut self) -> Result<&mut KVec<u8>> {
+        self.message.as_mut().map(|m| &mut m.request).ok_or(EIO)
+    }
+
+    /// What the device answered.
+    fn reply(&self) -> &[u8] {
+        self.message.as_ref().map_or(&[], |m| m.reply())
+    }
+}
+
+/// A request queue of the device.
+#[pin_data]
+pub(crate) struct Channel {
+    #[pin]
+    ring: SpinLockIrq<Option<Virtqueue<Arc<Call>>>>,
+}
+
+impl Channel {
+    /// A channel without a ring: every call fails with `ENODEV`.
+    pub(crate) fn new() -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            ring <- new_spinlock_irq!(None),
+        })
+    }
+
+    fn install(&self, ring: Virtqueue<Arc<Call>>) {
+        *self.ring.lock() = Some(ring);
+    }
+
+    /// Takes the ring over from the bus, at probe.
+    pub(crate) fn open<H, const N: usize>(
+        &self,
+        queues: &crate::kapi::virtqueue::Queues<'_, H, N>,
+        index: u16,
+    ) -> Result
+    where
+        H: crate::kapi::virtqueue::QueueHandler,
+    {
+        self.install(queues.queue(index.into())?);
+        Ok(())
+    }
+
+    /// Hands answers to those who wait for them. Called in hard interrupt context.
+    pub(crate) fn interrupt(&self) {
+        loop {
+            let message = match &mut *self.ring.lock() {
+                Some(ring) => ring.take(),
+                None => None,
+            };
+            let Some(message) = message else { return };
+            let call = message.data.clone();
+            call.answer(message);
+        }
+    }
+
+    /// After the device was reset: nothing is answered any more. Those who wait are told.
+    pub(crate) fn close(&self) {
+        loop {
+            let message = match &mut *self.ring.lock() {
+                Some(ring) => ring.detach_unused(),
+                None => None,
+            };
+            let Some(message) = message else { break };
+            let call = message.data.clone();
+            call.answer(message);
+        }
+        let ring = self.ring.lock().take();
+        drop(ring);
+    }
+
+    /// Sends a request and waits for the reply, which the request holds then.
+    ///
+    /// `ETIMEDOUT`: no answer in [`TIME_LIMIT`]. `EIO`: an earlier request in this memory was never
+    /// answered, or the queue is broken. `EBUSY`: the ring is full. `ENODEV`: the device is gone.
+    fn call(&self, request: &mut Request) -> Result {
+        let message = request.message.take().ok_or(EIO)?;
+        let call = request.call.clone();
+        *call.progress.lock() = Progress::Sent;
+        call.answered.reinit();
+
+        let mut ring = self.ring.lock();
+        let Some(queue) = &mut *ring else {
+            drop(ring);
+            request.message = Some(message);
+            return Err(ENODEV);
+        };
+        if let Err((error, message)) = queue.add(message) {
+            drop(ring);
+            request.message = Some(message);
+            return Err(if error == ENOSPC { EBUSY } else { error });
+        }
+        let notifier = queue.kick_prepare().then(|| queue.notifier());
+        drop(ring);
+        if let Some(notifier) = notifier {
+            // If it fails the queue is broken, and the wait below finds that out.
+            let _ = notifier.notify();
+        }
+
+        let waited = call.answered.wait_timeout(TIME_LIMIT);
+        let mut progress = call.progress.lock();
+        match core::mem::replace(&mut *progress, Progress::Abandoned) {
+            Progress::Answered(message) => {
+                drop(progress);
+                request.message = Some(message);
+                Ok(())
+            }
+            Progress::Sent | Progress::Abandoned => waited.and(Err(EIO)),
+        }
+    }
+
+    /// Sends a batch of control commands. Returns how the last one executed ended.
+    pub(crate) fn control(&self, batch: &mut Batch) -> Result<(Status, control::Reply)> {
+        self.call(&mut batch.request)?;
+        let reply = control::Reply::read_from_prefix(batch.request.reply());
+        let (reply, _) = reply.map_err(|_| EIO)?;
+        let status = Status::from_raw(reply.status.get()).ok_or(EIO)?;
+        Ok((status, reply))
+    }
+
+    /// Sends one submit command and returns its status.
+    fn submit(&self, request: &mut Request) -> Result<Status> {
+        self.call(request)?;
+        let (reply, _) =
+            submit::Reply::read_from_prefix(request.reply()).map_err(|_| EIO)?;
+        Status::from_raw(reply.status.get()).ok_or(EIO)
+    }
+
+    /// Moves the bytes of all runs; they are where they belong when it returns.
+    pub(crate) fn copy(&self, mut list: CopyList) -> Result {
+        if list.is_empty() {
+            return Ok(());
+        }
+        match self.submit(&mut list.request)? {
+            Status::Ok => Ok(()),
+            status => {
+                pr_err!("a copy was refused: {status:?}\n");
+                Err(EIO)
+            }
+        }
+    }
+
+    /// Starts a job. `EAGAIN`: the device has no room for it now. `EINVAL`: it does not like an
+    /// argument.
+    pub(crate) fn launch(&self, launch: &submit::Launch) -> Result {
+        let mut request =
+            Request::new(size_of::<submit::Launch>(), size_of::<submit::Reply>())?;
+        let bytes = request.bytes()?;
+        bytes.extend_from_slice(launch.as_bytes(), GFP_KERNEL)?;
+        match self.submit(&mut request)? {
+            Status::Ok => Ok(()),
+            Status::Busy => Err(EAGAIN),
+            Status::BadArgument | Status::Misaligned | Status::LimitExceeded => Err(EINVAL),
+            Status::BadContext => Err(ENODEV),
+            status => {
+                pr_err!("a job was refused: {status:?}\n");
+                Err(EIO)
+            }
+        }
+    }
+}
+
+/// The header of a submit or control command of type `T`.
+fn header<T>(opcode: u16) -> CommandHeader {
+    CommandHeader::new(opcode, size_of::<T>() as u32)
+}

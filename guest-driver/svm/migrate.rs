@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Pages to VRAM and home, for one address space.
+//!
+//! Each migration is of one region at most, and costs the device one command: mm collects and
+//! unmaps the pages, one list of copies goes to the copy engine, and mm switches over to what was
+//! copied. What cannot move (pinned, locked, shared in a way that mm refuses) stays where it is, and
+//! so does everything if the copy fails: the destinations are thrown away.
+//!
+//! After a migration nothing is mapped on the GPU; a fault does that, or `Space::map_ahead`.
+
+use super::{residence::Pagemap, Space, REGION_BYTES};
+use crate::{
+    gpu::Gpu,
+    kapi::{
+        folio::{PMD_ORDER, PMD_PAGES, PMD_SIZE},
+        migrate::{Collected, Entry, Scratch, Source},
+        mm::MmapLock,
+        trace::{self, Cause, Direction},
+    },
+    queue::CopyList,
+    uapi,
+    vram::{Reservation, VramPage},
+};
+use core::ops::Range;
+use farfault_protocol::{
+    address::{SystemAddr, VramAddr},
+    submit::CopyRun,
+};
+use kernel::{
+    mm::MmWithUser,
+    page::{PAGE_SHIFT, PAGE_SIZE},
+    prelude::*,
+    time::{Instant, Monotonic},
+};
+
+/// What a request of the user did, in pages.
+#[derive(Default)]
+pub(crate) struct Moved {
+    pub(crate) moved: usize,
+    pub(crate) there: usize,
+    pub(crate) stayed: usize,
+}
+
+impl Space {
+    /// Moves the pages of a range on request. `EFAULT`: part of it is not mapped; what is before that
+    /// part was moved.
+    pub(crate) fn migrate(&self, range: Range<usize>, to: uapi::Place) -> Result<Moved> {
+        let mm = self.mm()?;
+        let mut total = Moved::default();
+        let mut at = range.start;
+        while at < range.end {
+            let end = {
+                let lock = MmapLock::read(&mm);
+                let vma = lock.vma_lookup(at).ok_or(EFAULT)?;
+                let region_end = (at & !(REGION_BYTES - 1)) + REGION_BYTES;
+                range.end.min(region_end).min(vma.end())
+            };
+            let mut service = self.service.lock();
+            let moved = match to {
+                uapi::Place::Vram => {
+                    let m = self.to_vram(&mut service.migration, &mm, at..end, Cause::Request)?;
+                    self.map_ahead(&mut service, &mm, at..end);
+                    m
+                }
+                _ => self.to_ram(&mut service.migration, &mm, at..end, Cause::Request)?,
+            };
+            let in_vram = self.count_in_vram(&mut service, &mm, at..end)?;
+            drop(service);
+            let pages = (end - at) >> PAGE_SHIFT;
+            let elsewhere = match to {
+                uapi::Place::Vram => pages - in_vram,
+                _ => in_vram,
+            };
+            total.stayed += elsewhere;
+            total.moved += moved.min(pages - elsewhere);
+            total.there += (pages - elsewhere).saturating_sub(moved);
+            at = end;
+            self.gpu.usable()?;
+        }
+        Ok(total)
+    }
+
+    /// Moves what can be moved of a range, inside one region and one mapping, to VRAM. Returns how
+    /// many pages moved.
+    pub(super) fn to_vram(
+        &self,
+        scratch: &mut Scratch,
+        mm: &MmWithUser,
+        range: Range<usize>,
+        cause: Cause,
+    ) -> Result<usize> {
+        let started = Instant::<Monotonic>::now();
+        let map = self.gpu.pagemap()?;
+        // Before the mmap lock is taken: it may bring pages of other processes home.
+        let mut room = self.gpu.make_room(self.context, range.len() >> PAGE_SHIFT)?;
+        let lock = MmapLock::read(mm);
+        let vma = lock.vma_lookup(range.start).ok_or(EFAULT)?;
+        if !vma.is_anonymous() || !vma.can_migrate() {
+            return Ok(0);
+        }
+        let range = range.start..range.end.min(vma.end());
+        let mut collected =
+            Collected::system_to_device(&vma, range.clone(), map.owner(), scratch)?;
+        let mut copies = CopyList::new(PMD_PAGES, self.gpu.limits.max_copy_run)?;
+        let mut index = 0;
+        while let Some(entry) = collected.next_entry(index) {
+            index = entry.index + (1 << entry.order);
+            upload(&self.gpu, &map, &mut collected, entry, &mut room, &mut copies)?;
+        }
+        self.gpu.copy(copies)?;
+        let migrated = collected.pages();
+        let moved = migrated.count();
+        drop(migrated);
+        drop(lock);
+        self.count(|c| &c.pages_to_vram, moved as u64);
+        self.finish(range, Direction::ToDevice, cause, moved, started);
+        Ok(moved)
+    }
+
+    /// Brings the pages of a range, inside one region, home. Returns how many.
+    pub(super) fn to_ram(
+        &self,
+        scratch: &mut Scratch,
+        mm: &MmWithUser,
+        range: Range<usize>,
+        cause: Cause,
+    ) -> Result<usize> {
+        self.some_to_ram(scratch, mm, range, cause, |_| true)
+    }
+
+    /// Brings those pages of a range home that `wanted` names.
+    pub(super) fn some_to_ram(
+        &self,
+        scratch: &mut Scratch,
+        mm: &MmWithUser,
+        range: Range<usize>,
+        cause: Cause,
+        wanted: impl Fn(VramPage) -> bool,
+    ) -> Result<usize> {
+        let started = Instant::<Monotonic>::now();
+        let map = self.gpu.pagemap()?;
+        let lock = MmapLock::read(mm);
+        let mut moved = 0;
+        let mut at = range.start;
+        while at < range.end {
+            let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < range.end) else {
+                break;
+            };
+            let part = at.max(vma.start())..range.end.min(vma.end());
+            at = part.end;
+            if !vma.can_migrate() {
+                continue;
+            }
+            let mut collected = Collected::device_to_system(&vma, part, map.owner(), scratch)?;
+            download(&self.gpu, &map, &mut collected, &wanted)?;
+            moved += collected.pages().count();
+        }
+        drop(lock);
+        self.count(|c| &c.pages_to_ram, moved as u64);
+        self.finish(range, Direction::ToSystem, cause, moved, started);
+        Ok(moved)
+    }
+
+    fn finish(
+        &self,
+        range: Range<usize>,
+        direction: Direction,
+        cause: Cause,
+        moved: usize,
+        started: Instant<Monotonic>,
+    ) {
+        let elapsed = started.elapsed().as_nanos().max(0) as u64;
+        self.count(|c| &c.migrate_ns, elapsed);
+        trace::migrate(
+            self.gpu.index(),
+            self.context,
+            range.start as u64,
+            range.end as u64,
+            direction,
+            cause,
+            moved as u64,
+            (range.len() >> PAGE_SHIFT) as u64,
+        );
+    }
+}
+
+/// Gives one collected entry destinations in VRAM, as far as there is room, and lists the copies.
+fn upload(
+    gpu: &Gpu,
+    map: &Pagemap,
+    collected: &mut Collected<'_>,
+    entry: Entry,
+    room: &mut Reservation<'_>,
+    copies: &mut CopyList,
+) -> Result {
+    let address = collected.address(entry.index);
+    let source = match entry.source {
+        Source::Page(pfn) => Some(pfn.phys()),
+        Source::Hole => None,
+    };
+    let run = |to: VramAddr, offset: u64, bytes: usize| match source {
+        Some(from) => CopyRun::upload(SystemAddr::new(from + offset), to, bytes as u32),
+        None => CopyRun::fill(0, to, bytes as u32),
+    };
+    if entry.order == PMD_ORDER {
+        if let Some(block) = room.block() {
+            let folio = map.init_folio(block.into(), PMD_ORDER)?;
+            gpu.vram.put_at(block, PMD_ORDER, address);
+            if collected.set_device(entry.index, folio).is_ok() {
+                copies.push(run(block.address(), 0, PMD_SIZE))?;
+            }
+            return Ok(());
+        }
+        if room.len() < PMD_PAGES {
+            // Part of a huge page would split it for little.
+            return Ok(());
+        }
+    }
+    for i in 0..1usize << entry.order {
+        let Some(page) = room.page() else { break };
+        let folio = map.init_folio(page.into(), 0)?;
+        gpu.vram.put_at(page, 0, address + (i << PAGE_SHIFT));
+        if collected.set_device(entry.index + i, folio).is_ok() {
+            copies.push(run(page.address(), (i << PAGE_SHIFT) as u64, PAGE_SIZE))?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives the collected pages that `wanted` names destinations in RAM and copies them there.
+/// `ENOMEM`: there is no memory for any of them. Any other error is the device's.
+pub(super) fn download(
+    gpu: &Gpu,
+    map: &Pagemap,
+    collected: &mut Collected<'_>,
+    wanted: impl Fn(VramPage) -> bool,
+) -> Result {
+    let mut copies = CopyList::new(PMD_PAGES, gpu.limits.max_copy_run)?;
+    let mut short = false;
+    let mut index = 0;
+    while let Some(entry) = collected.next_entry(index) {
+        index = entry.index + (1 << entry.order);
+        let Source::Page(pfn) = entry.source else {
+            continue;
+        };
+        let Some(page) = map.lookup(pfn).map(VramPage::from).filter(|&p| wanted(p)) else {
+            continue;
+        };
+        let mut order = entry.order;
+        let mut done = 0;
+        while done < 1 << entry.order {
+            let folio = collected.alloc_folio(entry.index + done, order);
+            let Some(folio) = folio else {
+                if order == 0 {
+                    short = true;
+                    break;
+                }
+                order = 0;
+                continue;
+            };
+            let from = VramPage(page.0 + done as u32).address();
+            let to = SystemAddr::new(folio.phys());
+            if collected.set_system(entry.index + done, folio).is_err() {
+                // mm takes this one as a whole only, and there was no memory for that.
+                short = true;
+                break;
+            }
+            copies.push(CopyRun::download(from, to, (PAGE_SIZE << order) as u32))?;
+            done += 1 << order;
+        }
+    }
+    if short && copies.is_empty() {
+        return Err(ENOMEM);
+    }
+    gpu.copy(copies)
+}

@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Shared virtual memory: one GPU address space that mirrors one process.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `mod` | opens and closes an address space; jobs and their ends |
+//! | `mirror` | the MMU notifier: what the CPU unmaps, the GPU unmaps |
+//! | `page_table` | the GPU's tables, as commands |
+//! | `fault` | GPU faults: from the event to the replay |
+//! | `migrate` | pages to VRAM and home, for one address space |
+//! | `residence` | what mm asks of a page in VRAM: the CPU's fault, the last reference |
+//! | `evict` | room in VRAM, and everything home |
+//! | `query` | where the pages are |
+//! | `advice`, `jobs` | tables of what the user said and submitted |
+//!
+//! # Locks, in the order in which they are taken
+//!
+//! 1. `Space::service`: one fault batch, migration or query of an address space at a time. Not taken
+//!    for a CPU fault or an invalidation.
+//! 2. the mmap lock of a process, for reading; page locks below it belong to mm.
+//! 3. the update lock of the notifier (`mirror`): the GPU's page table. Under it: no allocation that
+//!    can reclaim, no wait but for the device.
+//! 4. `Jobs`, `Gpu::spaces`, `Vram`, the rings: leaves; none is held while another is taken.
+//!
+//! An eviction takes the mmap lock of another process: so nobody makes room in VRAM while holding 2.
+
+pub(crate) mod advice;
+pub(crate) mod evict;
+pub(crate) mod fault;
+pub(crate) mod jobs;
+pub(crate) mod migrate;
+pub(crate) mod mirror;
+pub(crate) mod page_table;
+pub(crate) mod query;
+pub(crate) mod residence;
+
+use self::{
+    advice::AdviceMap,
+    fault::{Fault, Pending},
+    jobs::{Jobs, Outcome},
+    mirror::{Mirror, Tables},
+    page_table::PageTable,
+};
+use crate::{
+    gpu::Gpu,
+    kapi::{
+        folio::PMD_SIZE,
+        hmm::HmmPfn,
+        migrate::Scratch,
+        mm,
+        mmu_interval::IntervalNotifier,
+    },
+    queue::Batch,
+    stats::Counters,
+    uapi,
+    vram::BLOCK_PAGES,
+};
+use farfault_protocol::{
+    command::{CommandHeader, Status},
+    event::{FaultEvent, FenceEvent, JobStatus},
+    pte::Pte,
+    submit::{Launch, Opcode},
+    U32, U64,
+};
+use kernel::{
+    mm::MmWithUser,
+    new_mutex, new_spinlock,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{Atomic, Relaxed},
+        Arc, Mutex, SpinLock,
+    },
+    workqueue::{impl_has_work, new_work, Work, WorkItem},
+};
+
+/// What one level-1 entry maps, and the most that is faulted or migrated at once.
+pub(crate) const REGION_BYTES: usize = PMD_SIZE;
+
+/// Memory for one piece of work at a time, allocated when the address space is opened.
+pub(crate) struct Service {
+    faults: KVec<Fault>,
+    /// Sequence numbers of faults to be cancelled.
+    failed: KVec<u64>,
+    pfns: KVVec<HmmPfn>,
+    entries: KVVec<Pte>,
+    migration: Scratch,
+}
+
+impl Service {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            faults: KVec::with_capacity(fault::MAX_BATCH, GFP_KERNEL)?,
+            failed: KVec::with_capacity(fault::MAX_BATCH, GFP_KERNEL)?,
+            pfns: KVVec::from_elem(HmmPfn::NONE, BLOCK_PAGES, GFP_KERNEL)?,
+            entries: KVVec::from_elem(Pte::EMPTY, BLOCK_PAGES, GFP_KERNEL)?,
+            migration: Scratch::new(BLOCK_PAGES)?,
+        })
+    }
+}
+
+/// A GPU address space and the process that it mirrors.
+#[pin_data]
+pub(crate) struct Space {
+    gpu: Arc<Gpu>,
+    context: u32,
+    /// The address space ends: no more faults are served.
+    closing: Atomic<bool>,
+    /// It has ended on the device.
+    closed: Atomic<bool>,
+    pub(crate) counters: Arc<Counters>,
+    #[pin]
+    pub(crate) jobs: Jobs,
+    #[pin]
+    advice: Mutex<AdviceMap>,
+    #[pin]
+    pending: SpinLock<Pending>,
+    #[pin]
+    service: Mutex<Service>,
+    #[pin]
+    work: Work<Space>,
+    #[pin]
+    mirror: IntervalNotifier<Mirror>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Space { self.work }
+}
+
+impl WorkItem for Space {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.serve_faults();
+    }
+}
+
+impl Space {
+    /// Mirrors the address space of the calling process. `ENOSPC`: the device has no context left.
+    pub(crate) fn open(gpu: &Arc<Gpu>) -> Result<Arc<Self>> {
+        let mm = mm::current_mm().ok_or(EINVAL)?;
+        let context = gpu.reserve_context()?;
+        let space = Self::create(gpu, context, &mm);
+        match &space {
+            Ok(space) => gpu.publish_context(context, space.clone()),
+            Err(_) => gpu.release_context(context),
+        }
+        space
+    }
+
+    fn create(gpu: &Arc<Gpu>, context: u32, mm: &MmWithUser) -> Result<Arc<Self>> {
+        let mut batch = Batch::new()?;
+        batch.clear();
+        let root = gpu.take_table()?;
+        let table = PageTable::new(context, root, &mut batch)?;
+        batch.create_context(context, table.root())?;
+        if let Err(error) = gpu.control(&mut batch) {
+            table.end(&gpu.vram);
+            return Err(error);
+        }
+        let counters = Arc::new(Counters::new(), GFP_KERNEL)?;
+        let tables = Tables {
+            table: Some(table),
+            batch,
+        };
+        let mirror = Mirror::new(gpu.clone(), context, counters.clone());
+        let space = Arc::pin_init(
+            try_pin_init!(Self {
+                gpu: gpu.clone(),
+                context,
+                closing: Atomic::new(false),
+                closed: Atomic::new(false),
+                counters,
+                jobs <- Jobs::new(),
+                advice <- new_mutex!(AdviceMap::new()),
+                pending <- new_spinlock!(Pending::new()?),
+                service <- new_mutex!(Service::new()?),
+                work <- new_work!("farfault_fault"),
+                // Last: callbacks come as soon as it is there.
+                mirror <- IntervalNotifier::new(
+                    mm,
+                    0..usize::MAX,
+                    Ok::<_, Error>(mirror),
+                    tables,
+                ),
+            }? Error),
+            GFP_KERNEL,
+        );
+        if space.is_err() {
+            gpu.destroy_context(context);
+        }
+        space
+    }
+
+    /// The number of the address space on the device.
+    pub(crate) fn context(&self) -> u32 {
+        self.context
+    }
+
+    /// The process's address space, if it still has users.
+    fn mm(&self) -> Result<ARef<MmWithUser>> {
+        self.mirror.mm().mmget_not_zero().ok_or(ESRCH)
+    }
+
+    /// Whether the caller is a thread of the mirrored process.
+    pub(crate) fn is_current(&self) -> bool {
+        mm::is_current_mm(self.mirror.mm())
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing.load(Relaxed)
+    }
+
+    /// Whether the GPU was taken from the address space.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Relaxed)
+    }
+
+    /// Counts for the address space and for the GPU.
+    fn count(&self, counter: impl Fn(&Counters) -> &Atomic<u64>, n: u64) {
+        counter(&self.counters).fetch_add(n, Relaxed);
+        counter(&self.gpu.counters).fetch_add(n, Relaxed);
+    }
+
+    /// Says where the pages of a range should be. `ENOSPC`: too many ranges.
+    pub(crate) fn advise(&self, range: core::ops::Range<usize>, advice: uapi::Advice) -> Result {
+        self.advice.lock().set(range, advice)
+    }
+
+    /// Starts a job and returns its fence.
+    pub(crate) fn submit(&self, kernel: u32, waves: u32, arguments: [u64; 4]) -> Result<u64> {
+        let fence = self.jobs.begin()?;
+        let launch = Launch {
+            header: CommandHeader::new(Opcode::Launch.raw(), size_of::<Launch>() as u32),
+            context: self.context.into(),
+            kernel: kernel.into(),
+            fence: fence.into(),
+            waves: waves.into(),
+            reserved: U32::ZERO,
+            arguments: arguments.map(U64::new),
+        };
+        let launched = self.gpu.launch(&launch);
+        if launched.is_err() {
+            self.jobs.abandon(fence);
+        }
+        launched.map(|()| fence)
+    }
+
+    /// Ends a job. `ENOENT`: there is no such job.
+    pub(crate) fn kill(&self, fence: u64) -> Result {
+        if !self.jobs.is_running(fence)? {
+            return Ok(());
+        }
+        let mut batch = Batch::new()?;
+        batch.clear();
+        batch.kill_job(self.context, fence)?;
+        // The job may have ended by itself in the meantime: both are fine.
+        self.gpu
+            .control_tolerating(&mut batch, Status::NoSuchJob)
+            .map(|_| ())
+    }
+
+    /// The device reports the end of a job.
+    pub(crate) fn fence_event(&self, event: &FenceEvent) {
+        let status = match JobStatus::from_raw(event.status.get()) {
+            Some(JobStatus::Ok) => uapi::JobStatus::Ok,
+            Some(JobStatus::Fault) => uapi::JobStatus::Fault,
+            Some(JobStatus::Killed) => uapi::JobStatus::Killed,
+            Some(JobStatus::BusError) | None => uapi::JobStatus::BusError,
+        };
+        let outcome = Outcome {
+            status,
+            access: event.access.into(),
+            result: event.result.get(),
+            fault_address: event.page.get(),
+        };
+        if self.jobs.end(event.fence.get(), outcome) {
+            self.count(|c| &c.jobs, 1);
+        }
+    }
+
+    /// The device reports a fault. The caller enqueues the address space when it has passed all on.
+    pub(crate) fn fault_event(&self, event: &FaultEvent) {
+        self.pending.lock().push(event);
+    }
+
+    /// The device lost reports: all waves that wait without one must fault again.
+    pub(crate) fn overflow_event(&self) {
+        self.pending.lock().replay();
+    }
+
+    /// Ends the address space: its jobs fail with `status`, the GPU forgets it, its pages come home.
+    /// What was open goes on without the GPU. May be called again.
+    pub(crate) fn close(&self, status: uapi::JobStatus) {
+        if self.closing.xchg(true, Relaxed) {
+            return;
+        }
+        // Behind the service lock no batch of faults is under way, and none begins.
+        let service = self.service.lock();
+        self.gpu.destroy_context(self.context);
+        // Only now: who is told that a job ended may use its memory again.
+        self.jobs.close(status);
+        self.closed.store(true, Relaxed);
+        let table = self.mirror.lock().table.take();
+        if let Some(table) = table {
+            table.end(&self.gpu.vram);
+        }
+        drop(service);
+        self.bring_everything_home();
+        self.gpu.release_context(self.context);
+    }
+}

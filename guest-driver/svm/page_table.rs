@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The GPU page table of one address space: which tables exist, and the commands that change them
+//! (hardware manual, chapter 7).
+//!
+//! The entries themselves are in VRAM and nowhere else. What is kept here is where the tables are,
+//! and one bit for each 4 KiB entry: whether it is valid, so that an invalidation of what was never
+//! mapped costs the device nothing.
+//!
+//! It writes commands to a [`Batch`] and waits for nothing: the caller sends it. Tables are given
+//! back only when all of them are cleared ([`PageTable::forget`]); one that became empty waits for
+//! its range to be used again. So an invalidation allocates nothing and frees nothing.
+//!
+//! Locking: behind the address space's page-table lock.
+
+use crate::{
+    queue::Batch,
+    vram::{Vram, VramPage, BLOCK_PAGES},
+};
+use core::ops::Range;
+use farfault_protocol::{
+    address::{GpuVa, VramAddr, HUGE_PAGE_SHIFT, HUGE_PAGE_SIZE},
+    pte::{self, Pte, ENTRIES, ENTRY_SIZE, ROOT_LEVEL},
+};
+use kernel::{
+    page::{PAGE_SHIFT, PAGE_SIZE},
+    prelude::*,
+    rbtree::{RBTree, RBTreeNodeReservation},
+};
+
+/// Most tables that one mapping can lack: of the levels 2, 1 and 0.
+const MOST_MISSING: usize = ROOT_LEVEL as usize;
+const WORDS: usize = BLOCK_PAGES / 64;
+
+/// The 2 MiB of addresses that a level-1 entry maps.
+struct Region {
+    /// Its level-0 table, linked unless `huge`.
+    table: Option<VramPage>,
+    /// The level-1 entry is a leaf.
+    huge: bool,
+    /// By page: the level-0 entry is valid.
+    mapped: [u64; WORDS],
+}
+
+impl Region {
+    const EMPTY: Self = Self {
+        table: None,
+        huge: false,
+        mapped: [0; WORDS],
+    };
+
+    fn is_mapped(&self, index: usize) -> bool {
+        self.mapped[index / 64] & (1 << (index % 64)) != 0
+    }
+
+    fn set_mapped(&mut self, index: usize, mapped: bool) {
+        let bit = 1 << (index % 64);
+        if mapped {
+            self.mapped[index / 64] |= bit;
+        } else {
+            self.mapped[index / 64] &= !bit;
+        }
+    }
+}
+
+/// Tables and nodes for one mapping, got before the page-table lock is taken.
+pub(crate) struct Supplies {
+    tables: [Option<VramPage>; MOST_MISSING],
+    upper_nodes: [Option<RBTreeNodeReservation<u64, VramPage>>; MOST_MISSING - 1],
+    region_node: Option<RBTreeNodeReservation<u64, Region>>,
+}
+
+impl Supplies {
+    pub(crate) const NONE: Self = Self {
+        tables: [None; MOST_MISSING],
+        upper_nodes: [const { None }; MOST_MISSING - 1],
+        region_node: None,
+    };
+
+    /// Enough for any mapping in one region. `ENOSPC`: no VRAM is left for tables.
+    pub(crate) fn for_region(vram: &Vram) -> Result<Self> {
+        let mut supplies = Self::NONE;
+        for node in &mut supplies.upper_nodes {
+            *node = Some(RBTreeNodeReservation::new(GFP_KERNEL)?);
+        }
+        supplies.region_node = Some(RBTreeNodeReservation::new(GFP_KERNEL)?);
+        for i in 0..MOST_MISSING {
+            supplies.tables[i] = vram.take_table();
+            if supplies.tables[i].is_none() {
+                supplies.give_back(vram);
+                return Err(ENOSPC);
+            }
+        }
+        Ok(supplies)
+    }
+
+    /// Returns what was not used.
+    pub(crate) fn give_back(&mut self, vram: &Vram) {
+        for table in self.tables.iter_mut().filter_map(Option::take) {
+            vram.give_back(table, 0);
+        }
+    }
+
+    fn table(&mut self) -> Result<VramPage> {
+        self.tables.iter_mut().find_map(Option::take).ok_or(ENOSPC)
+    }
+
+    fn upper_node(&mut self) -> Result<RBTreeNodeReservation<u64, VramPage>> {
+        self.upper_nodes
+            .iter_mut()
+            .find_map(Option::take)
+            .ok_or(ENOSPC)
+    }
+}
+
+/// What [`PageTable::map`] writes for the pages of one region.
+pub(crate) enum Entries<'a> {
+    /// By page; [`Pte::EMPTY`] leaves an entry as it is.
+    Small(&'a [Pte]),
+    /// One leaf for all of it.
+    Huge(Pte),
+}
+
+/// How far [`PageTable::unmap`] came.
+pub(crate) struct Unmapped {
+    /// Where to go on once the batch was sent; `None`: all is done.
+    pub(crate) resume: Option<usize>,
+    /// Whether the batch holds anything to send.
+    pub(crate) any: bool,
+}
+
+/// The tables of one context.
+pub(crate) struct PageTable {
+    context: u32,
+    root: VramPage,
+    /// Tables of the levels 2 and 1, by [`upper_key`].
+    upper: RBTree<u64, VramPage>,
+    /// By address >> 21.
+    regions: RBTree<u64, Region>,
+    tables: usize,
+}
+
+fn upper_key(level: u32, va: GpuVa) -> u64 {
+    let covered = PAGE_SHIFT as u32 + pte::INDEX_BITS * (level + 1);
+    (u64::from(level) << 60) | (va.get() >> covered)
+}
+
+fn entry_address(table: VramPage, index: u64) -> VramAddr {
+    VramAddr::new(table.address().get() + index * ENTRY_SIZE)
+}
+
+fn write_zero_table(batch: &mut Batch, table: VramPage) -> Result {
+    batch.write_ptes(table.address(), Pte::EMPTY, 0, ENTRIES as u32)
+}
+
+impl PageTable {
+    /// An empty page table with its root at `root`; the batch clears it.
+    pub(crate) fn new(context: u32, root: VramPage, batch: &mut Batch) -> Result<Self> {
+        write_zero_table(batch, root)?;
+        Ok(Self {
+            context,
+            root,
+            upper: RBTree::new(),
+            regions: RBTree::new(),
+            tables: 1,
+        })
+    }
+
+    /// Where the root is.
+    pub(crate) fn root(&self) -> VramAddr {
+        self.root.address()
+    }
+
+    /// How many pages of VRAM the tables take.
+    pub(crate) fn tables(&self) -> usize {
+        self.tables
+    }
+
+    /// Whether a mapping in the region of `address` may need [`Supplies`].
+    pub(crate) fn lacks_tables(&self, address: usize) -> bool {
+        match self.regions.get(&(address as u64 >> HUGE_PAGE_SHIFT)) {
+            Some(region) => region.table.is_none(),
+            None => true,
+        }
+    }
+
+    /// The table of `level` (1 or 2) for `va`, made and linked if need be.
+    fn upper_table(
+        &mut self,
+        level: u32,
+        va: GpuVa,
+        supplies: &mut Supplies,
+        batch: &mut Batch,
+    ) -> Result<VramPage> {
+        let key = upper_key(level, va);
+        if let Some(&table) = self.upper.get(&key) {
+            return Ok(table);
+        }
+        let parent = if level + 1 == ROOT_LEVEL {
+            self.root
+        } else {
+            self.upper_table(level + 1, va, supplies, batch)?
+        };
+        let node = supplies.upper_node()?;
+        let table = supplies.table()?;
+        self.upper.insert(node.into_node(key, table));
+        self.tables += 1;
+        write_zero_table(batch, table)?;
+        batch.write_ptes(
+            entry_address(parent, pte::index(va, level + 1)),
+            Pte::table(table.address()),
+            0,
+            1,
+        )?;
+        Ok(table)
+    }
+
+    /// Adds commands that map pages of the region that `address` is in. Returns how many pages.
+    pub(crate) fn map(
+        &mut self,
+        address: usize,
+        entries: Entries<'_>,
+        supplies: &mut Supplies,
+        batch: &mut Batch,
+    ) -> Result<usize> {
+        let va = GpuVa::new(address as u64).align_down(HUGE_PAGE_SIZE);
+        let level1 = self.upper_table(1, va, supplies, batch)?;
+        let level1_entry = entry_address(level1, pte::index(va, 1));
+        let key = va.get() >> HUGE_PAGE_SHIFT;
+        if self.regions.get(&key).is_none() {
+            let node = supplies.region_node.take().ok_or(ENOSPC)?;
+            self.regions.insert(node.into_node(key, Region::EMPTY));
+        }
+        let region = self.regions.get_mut(&key).ok_or(EINVAL)?;
+        let replaced = region.huge || region.mapped != [0; WORDS];
+        let mapped = match entries {
+            Entries::Huge(leaf) => {
+                batch.write_ptes(level1_entry, leaf, 0, 1)?;
+                region.huge = true;
+                region.mapped = [0; WORDS];
+                BLOCK_PAGES
+            }
+            Entries::Small(entries) => {
+                let table = match region.table {
+                    Some(table) => table,
+                    None => {
+                        let table = supplies.table()?;
+                        self.tables += 1;
+                        *region.table.insert(table)
+                    }
+                };
+                let linked = !region.huge && region.mapped != [0; WORDS];
+                if !linked {
+                    // It may hold entries of before: clear it, then show it.
+                    write_zero_table(batch, table)?;
+                    batch.write_ptes(level1_entry, Pte::table(table.address()), 0, 1)?;
+                    region.huge = false;
+                }
+                write_small(region, table, entries, batch)?
+            }
+        };
+        if replaced {
+            // Stronger rights than before, or another size: forget what is cached.
+            batch.invalidate(self.context, va, HUGE_PAGE_SIZE)?;
+        }
+        Ok(mapped)
+    }
+
+    /// Adds commands that unmap all pages of `range` and invalidate them, as many as there is room
+    /// for. Allocates nothing.
+    pub(crate) fn unmap(&mut self, range: Range<usize>, batch: &mut Batch) -> Result<Unmapped> {
+        let mut cleared: Option<Range<usize>> = None;
+        let mut resume = None;
+        let first = range.start as u64 >> HUGE_PAGE_SHIFT;
+        let mut cursor = self.regions.cursor_lower_bound_mut(&first);
+        while let Some(mut at) = cursor {
+            let (&key, region) = at.current_mut();
+            let base = (key << HUGE_PAGE_SHIFT) as usize;
+            if base >= range.end {
+                break;
+            }
+            // A region's worth of runs, and the invalidation at the end.
+            if !batch.has_room_for(BLOCK_PAGES / 2 + 2) {
+                resume = Some(base.max(range.start));
+                break;
+            }
+            let end = base + HUGE_PAGE_SIZE as usize;
+            let touched = if region.huge {
+                let va = GpuVa::new(base as u64);
+                let table = self.upper.get(&upper_key(1, va)).copied().ok_or(EINVAL)?;
+                batch.write_ptes(entry_address(table, pte::index(va, 1)), Pte::EMPTY, 0, 1)?;
+                region.huge = false;
+                Some(base..end)
+            } else {
+                let pages = (range.start.max(base) - base) >> PAGE_SHIFT
+                    ..(range.end.min(end) - base).div_ceil(PAGE_SIZE);
+                clear_small(region, pages, batch)?
+                    .map(|p| base + (p.start << PAGE_SHIFT)..base + (p.end << PAGE_SHIFT))
+            };
+            if let Some(touched) = touched {
+                let from = cleared.map_or(touched.start, |c| c.start);
+                cleared = Some(from..touched.end);
+            }
+            cursor = at.move_next();
+        }
+        if let Some(cleared) = &cleared {
+            let va = GpuVa::new(cleared.start as u64);
+            batch.invalidate(self.context, va, cleared.len() as u64)?;
+        }
+        Ok(Unmapped {
+            resume,
+            any: cleared.is_some(),
+        })
+    }
+
+    /// Adds commands that unmap everything. Once they were executed, [`PageTable::forget`] gives
+    /// the tables back.
+    pub(crate) fn clear(&self, batch: &mut Batch) -> Result {
+        write_zero_table(batch, self.root)?;
+        batch.invalidate(self.context, GpuVa::new(0), 1 << GpuVa::BITS)
+    }
+
+    /// Gives all tables but the root back. The device must not know them any more.
+    pub(crate) fn forget(&mut self, vram: &Vram) {
+        let upper = core::mem::replace(&mut self.upper, RBTree::new());
+        let regions = core::mem::replace(&mut self.regions, RBTree::new());
+        for &table in upper.values() {
+            vram.give_back(table, 0);
+        }
+        for table in regions.values().filter_map(|region| region.table) {
+            vram.give_back(table, 0);
+        }
+        self.tables = 1;
+    }
+
+    /// Gives the root back, when the context is gone from the device.
+    pub(crate) fn end(mut self, vram: &Vram) {
+        self.forget(vram);
+        vram.give_back(self.root, 0);
+    }
+}
+
+/// Writes the entries that are not empty, consecutive pages as one run.
+fn write_small(
+    region: &mut Region,
+    table: VramPage,
+    entries: &[Pte],
+    batch: &mut Batch,
+) -> Result<usize> {
+    let mut mapped = 0;
+    let mut index = 0;
+    while let Some(&first) = entries.get(index) {
+        if first == Pte::EMPTY {
+            index += 1;
+            continue;
+        }
+        let mut count = 1;
+        let step = PAGE_SIZE as u64;
+        while entries
+            .get(index + count)
+            .is_some_and(|e| e.0 == first.0 + step * count as u64)
+        {
+            count += 1;
+        }
+        batch.write_ptes(
+            entry_address(table, index as u64),
+            first,
+            step,
+            count as u32,
+        )?;
+        for i in index..index + count {
+            region.set_mapped(i, true);
+        }
+        mapped += count;
+        index += count;
+    }
+    Ok(mapped)
+}
+
+/// Clears the valid entries among `pages`; returns the range from the first to the last of them.
+fn clear_small(
+    region: &mut Region,
+    pages: Range<usize>,
+    batch: &mut Batch,
+) -> Result<Option<Range<usize>>> {
+    let Some(table) = region.table else {
+        return Ok(None);
+    };
+    let mut touched: Option<Range<usize>> = None;
+    let mut index = pages.start;
+    while index < pages.end {
+        if !region.is_mapped(index) {
+            index += 1;
+            continue;
+        }
+        let first = index;
+        while index < pages.end && region.is_mapped(index) {
+            region.set_mapped(index, false);
+            index += 1;
+        }
+        batch.write_ptes(
+            entry_address(table, first as u64),
+            Pte::EMPTY,
+            0,
+            (index - first) as u32,
+        )?;
+        touched = Some(touched.map_or(first, |t| t.start)..index);
+    }
+    Ok(touched)
+}

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What mm asks of a page in VRAM: bring it home for the CPU, and take it back when nobody has it.
+
+use super::migrate::download;
+use crate::{
+    gpu::Gpu,
+    kapi::{
+        migrate::{Collected, Scratch},
+        pagemap::{DevicePage, DevicePagemap, Fault, PagemapOps, VmFault},
+        trace::{self, Cause, Direction},
+    },
+};
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::Arc,
+};
+
+/// The pages of one GPU's VRAM.
+pub(crate) type Pagemap = DevicePagemap<Residence>;
+
+/// The GPU behind a pagemap.
+pub(crate) struct Residence {
+    gpu: Arc<Gpu>,
+}
+
+impl Residence {
+    pub(crate) fn new(gpu: Arc<Gpu>) -> Self {
+        Self { gpu }
+    }
+}
+
+impl PagemapOps for Residence {
+    fn folio_free(map: &DevicePagemap<Self>, page: DevicePage, order: u32) {
+        map.gpu.vram.give_back(page.into(), order);
+    }
+
+    /// Runs under the mmap lock and a page lock. It always ends: the page comes home, or there is no
+    /// memory and the task tries again or is killed, or the device is lost and the task gets SIGBUS.
+    fn migrate_to_ram(map: &DevicePagemap<Self>, fault: &Fault<'_>) -> VmFault {
+        let gpu = &map.gpu;
+        let bytes = PAGE_SIZE << fault.order();
+        let start = fault.address() & !(bytes - 1);
+        let Ok(mut scratch) = Scratch::new(1 << fault.order()) else {
+            return VmFault::Oom;
+        };
+        let range = start..start + bytes;
+        let Ok(mut collected) = Collected::fault(fault, range, map.owner(), &mut scratch) else {
+            return VmFault::SigBus;
+        };
+        let page = map.lookup(fault.pfn());
+        let context = page.and_then(|page| gpu.vram.context_of(page.into()));
+        match download(gpu, map, &mut collected, |_| true) {
+            Ok(()) => {}
+            Err(e) if e == ENOMEM => return VmFault::Oom,
+            Err(_) => return VmFault::SigBus,
+        }
+        let moved = collected.pages().count() as u64;
+        gpu.count(context, |c| &c.cpu_faults, 1);
+        gpu.count(context, |c| &c.pages_to_ram, moved);
+        trace::migrate(
+            gpu.index(),
+            context.unwrap_or(u32::MAX),
+            start as u64,
+            (start + bytes) as u64,
+            Direction::ToSystem,
+            Cause::CpuFault,
+            moved,
+            1 << fault.order(),
+        );
+        // If it did not move, somebody else works on it: the task looks again.
+        VmFault::Done
+    }
+}

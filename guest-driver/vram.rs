@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Who owns which page of VRAM, and which block goes home when there is no room.
+//!
+//! VRAM is managed in blocks of 2 MiB, the size of a huge folio and the unit of eviction. A block
+//! holds data pages of one address space, or page tables, or nothing. For each data page it is
+//! known at which virtual address it was put, so that eviction finds it through the page tables of
+//! its process. That address is a hint: mremap and fork move and share pages without telling.
+//!
+//! Contents are not this file's business: who takes a page overwrites all of it.
+//!
+//! Locking: one spinlock, taken last of all locks; pages come back from contexts that can't sleep.
+
+use kernel::{new_spinlock, page::PAGE_SHIFT, prelude::*, sync::SpinLock};
+
+use crate::kapi::pagemap::DevicePage;
+use farfault_protocol::address::VramAddr;
+
+/// log2 of [`BLOCK_PAGES`]: the order of a huge folio.
+pub(crate) const BLOCK_ORDER: u32 = 9;
+/// Pages of a block.
+pub(crate) const BLOCK_PAGES: usize = 1 << BLOCK_ORDER;
+const WORDS: usize = BLOCK_PAGES / 64;
+
+/// A page of VRAM, by number.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct VramPage(pub(crate) u32);
+
+impl VramPage {
+    /// Where the page begins.
+    pub(crate) const fn address(self) -> VramAddr {
+        VramAddr::new((self.0 as u64) << PAGE_SHIFT)
+    }
+
+    /// The page that an address is in.
+    pub(crate) const fn containing(address: VramAddr) -> Self {
+        Self((address.get() >> PAGE_SHIFT) as u32)
+    }
+
+    const fn block(self) -> usize {
+        self.0 as usize / BLOCK_PAGES
+    }
+
+    const fn slot(self) -> usize {
+        self.0 as usize % BLOCK_PAGES
+    }
+}
+
+impl From<DevicePage> for VramPage {
+    fn from(page: DevicePage) -> Self {
+        Self(page.0 as u32)
+    }
+}
+
+impl From<VramPage> for DevicePage {
+    fn from(page: VramPage) -> Self {
+        Self(page.0 as usize)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Free,
+    Data { context: u32 },
+    Tables,
+}
+
+#[derive(Clone)]
+struct Block {
+    usage: Use,
+    /// No page of it is handed out while it goes home.
+    evicting: bool,
+    free: [u64; WORDS],
+    free_pages: u32,
+    /// When it was last taken from or mapped, in ticks of `State::clock`.
+    used_at: u64,
+}
+
+impl Block {
+    const EMPTY: Self = Self {
+        usage: Use::Free,
+        evicting: false,
+        free: [u64::MAX; WORDS],
+        free_pages: BLOCK_PAGES as u32,
+        used_at: 0,
+    };
+
+    fn take_lowest(&mut self) -> Option<usize> {
+        let word = self.free.iter().position(|&w| w != 0)?;
+        let bit = self.free[word].trailing_zeros() as usize;
+        self.free[word] &= !(1 << bit);
+        self.free_pages -= 1;
+        Some(word * 64 + bit)
+    }
+
+    /// Whether the slot was in use.
+    fn give_back(&mut self, slot: usize) -> bool {
+        let bit = 1 << (slot % 64);
+        let was_used = self.free[slot / 64] & bit == 0;
+        if was_used {
+            self.free[slot / 64] |= bit;
+            self.free_pages += 1;
+        }
+        was_used
+    }
+
+    fn is_used(&self, slot: usize) -> bool {
+        self.free[slot / 64] & (1 << (slot % 64)) == 0
+    }
+}
+
+struct State {
+    blocks: KVVec<Block>,
+    /// By page: the virtual address that it was put at.
+    addresses: KVVec<u64>,
+    clock: u64,
+    free_pages: usize,
+}
+
+impl State {
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    fn find(&self, usage: Use) -> Option<usize> {
+        self.blocks
+            .iter()
+            .position(|b| b.usage == usage && !b.evicting && b.free_pages != 0)
+    }
+
+    /// Takes one page for `usage`, from a block begun for it or from a new one.
+    fn take_page(&mut self, usage: Use, hint: usize) -> Option<VramPage> {
+        let begun = match self.blocks.get(hint) {
+            Some(b) if b.usage == usage && !b.evicting && b.free_pages != 0 => Some(hint),
+            _ => self.find(usage),
+        };
+        let index = begun.or_else(|| self.find(Use::Free))?;
+        let now = self.tick();
+        let block = self.blocks.get_mut(index)?;
+        block.usage = usage;
+        block.used_at = now;
+        let slot = block.take_lowest()?;
+        self.free_pages -= 1;
+        Some(VramPage((index * BLOCK_PAGES + slot) as u32))
+    }
+}
+
+/// Pages that were taken and have no folio yet. What is left is given back on drop.
+pub(crate) struct Reservation<'a> {
+    vram: &'a Vram,
+    pages: KVec<VramPage>,
+    next: usize,
+}
+
+impl Reservation<'_> {
+    /// The next page.
+    pub(crate) fn page(&mut self) -> Option<VramPage> {
+        let page = *self.pages.get(self.next)?;
+        self.next += 1;
+        Some(page)
+    }
+
+    /// A whole block, if the reservation is one that nothing was taken from yet; its first page.
+    pub(crate) fn block(&mut self) -> Option<VramPage> {
+        let first = *self.pages.first()?;
+        let whole = self.next == 0 && self.pages.len() == BLOCK_PAGES && first.slot() == 0;
+        let contiguous = self
+            .pages
+            .last()
+            .is_some_and(|last| last.0 - first.0 == BLOCK_PAGES as u32 - 1);
+        if !(whole && contiguous) {
+            return None;
+        }
+        self.next = BLOCK_PAGES;
+        Some(first)
+    }
+
+    /// How many pages are left.
+    pub(crate) fn len(&self) -> usize {
+        self.pages.len() - self.next
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        while let Some(page) = self.page() {
+            self.vram.give_back(page, 0);
+        }
+    }
+}
+
+/// A data page and the virtual address that it was put at.
+#[derive(Clone, Copy)]
+pub(crate) struct Resident {
+    pub(crate) page: VramPage,
+    pub(crate) address: usize,
+}
+
+/// The least recently used block, chosen to go home. It takes no new pages until this drops.
+pub(crate) struct Victim<'a> {
+    vram: &'a Vram,
+    index: usize,
+    context: u32,
+}
+
+impl Victim<'_> {
+    /// The address space whose pages it holds.
+    pub(crate) fn context(&self) -> u32 {
+        self.context
+    }
+
+    /// Whether the page belongs to the block.
+    pub(crate) fn contains(&self, page: VramPage) -> bool {
+        page.block() == self.index
+    }
+
+    /// All its pages, used or not.
+    pub(crate) fn pages(&self) -> core::ops::Range<usize> {
+        self.index * BLOCK_PAGES..(self.index + 1) * BLOCK_PAGES
+    }
+
+    /// Whether none of its pages is in use any more.
+    pub(crate) fn is_empty(&self) -> bool {
+        let state = self.vram.state.lock();
+        let block = state.blocks.get(self.index);
+        block.is_none_or(|b| b.free_pages as usize == BLOCK_PAGES)
+    }
+
+    /// Pages of the block that are in use, in `into`, sorted by their address.
+    pub(crate) fn residents(&self, into: &mut KVec<Resident>) -> Result {
+        into.clear();
+        into.reserve(BLOCK_PAGES, GFP_KERNEL)?;
+        let state = self.vram.state.lock();
+        let Some(block) = state.blocks.get(self.index) else {
+            return Ok(());
+        };
+        for slot in (0..BLOCK_PAGES).filter(|&slot| block.is_used(slot)) {
+            let number = self.index * BLOCK_PAGES + slot;
+            let resident = Resident {
+                page: VramPage(number as u32),
+                address: state.addresses.get(number).copied().unwrap_or(0) as usize,
+            };
+            // There is room for a whole block.
+            let _ = into.push_within_capacity(resident);
+        }
+        drop(state);
+        into.sort_unstable_by_key(|r| r.address);
+        Ok(())
+    }
+
+    /// Says that it was used after all: another block's turn.
+    pub(crate) fn spare(self) {
+        let mut state = self.vram.state.lock();
+        let now = state.tick();
+        if let Some(block) = state.blocks.get_mut(self.index) {
+            block.used_at = now;
+        }
+    }
+}
+
+impl Drop for Victim<'_> {
+    fn drop(&mut self) {
+        let mut state = self.vram.state.lock();
+        if let Some(block) = state.blocks.get_mut(self.index) {
+            block.evicting = false;
+            if block.free_pages as usize == BLOCK_PAGES {
+                block.usage = Use::Free;
+            }
+        }
+    }
+}
+
+/// The allocator of all VRAM.
+#[pin_data]
+pub(crate) struct Vram {
+    pages: usize,
+    #[pin]
+    state: SpinLock<State>,
+}
+
+impl Vram {
+    /// `pages` is a multiple of [`BLOCK_PAGES`].
+    pub(crate) fn new(pages: usize) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            state <- new_spinlock!(State {
+                blocks: KVVec::from_elem(Block::EMPTY, pages / BLOCK_PAGES, GFP_KERNEL)?,
+                addresses: KVVec::from_elem(0, pages, GFP_KERNEL)?,
+                clock: 0,
+                free_pages: pages,
+            }),
+            pages,
+        })
+    }
+
+    /// Pages in all.
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Pages that nobody has.
+    pub(crate) fn free_pages(&self) -> usize {
+        self.state.lock().free_pages
+    }
+
+    /// Takes up to `wanted` data pages, at most [`BLOCK_PAGES`], for `context`. As many as that are
+    /// one block if any is empty, and else pages from here and there.
+    pub(crate) fn reserve(&self, context: u32, wanted: usize) -> Result<Reservation<'_>> {
+        let wanted = wanted.min(BLOCK_PAGES);
+        let mut pages = KVec::with_capacity(wanted, GFP_KERNEL)?;
+        let usage = Use::Data { context };
+        let mut state = self.state.lock();
+        let mut hint = usize::MAX;
+        if wanted == BLOCK_PAGES {
+            if let Some(empty) = state.find(Use::Free) {
+                // One that was begun would break the run.
+                state.blocks[empty].usage = usage;
+                hint = empty;
+            }
+        }
+        while pages.len() < wanted {
+            let Some(page) = state.take_page(usage, hint) else {
+                break;
+            };
+            hint = page.block();
+            let _ = pages.push_within_capacity(page);
+        }
+        drop(state);
+        Ok(Reservation {
+            vram: self,
+            pages,
+            next: 0,
+        })
+    }
+
+    /// Takes a page for a page table.
+    pub(crate) fn take_table(&self) -> Option<VramPage> {
+        self.state.lock().take_page(Use::Tables, usize::MAX)
+    }
+
+    /// Gives `1 << order` pages back. May be called where sleeping is not allowed.
+    pub(crate) fn give_back(&self, page: VramPage, order: u32) {
+        let mut state = self.state.lock();
+        let mut freed = 0;
+        if let Some(block) = state.blocks.get_mut(page.block()) {
+            let slots = page.slot()..(page.slot() + (1 << order)).min(BLOCK_PAGES);
+            freed = slots.filter(|&slot| block.give_back(slot)).count();
+            if block.free_pages as usize == BLOCK_PAGES {
+                block.usage = Use::Free;
+            }
+        }
+        state.free_pages += freed;
+    }
+
+    /// Records that `1 << order` pages from `page` on were put at `address`.
+    pub(crate) fn put_at(&self, page: VramPage, order: u32, address: usize) {
+        let mut state = self.state.lock();
+        let first = page.0 as usize;
+        if let Some(addresses) = state.addresses.get_mut(first..first + (1 << order)) {
+            for (i, slot) in addresses.iter_mut().enumerate() {
+                *slot = (address + (i << PAGE_SHIFT)) as u64;
+            }
+        }
+    }
+
+    /// The address space that a page was taken for.
+    pub(crate) fn context_of(&self, page: VramPage) -> Option<u32> {
+        match self.state.lock().blocks.get(page.block())?.usage {
+            Use::Data { context } => Some(context),
+            Use::Free | Use::Tables => None,
+        }
+    }
+
+    /// Notes that the block of the page was used just now.
+    pub(crate) fn touch(&self, page: VramPage) {
+        let mut state = self.state.lock();
+        let now = state.tick();
+        if let Some(block) = state.blocks.get_mut(page.block()) {
+            block.used_at = now;
+        }
+    }
+
+    /// The block that was not used for the longest time, of one address space or of any.
+    pub(crate) fn victim(&self, of: Option<u32>) -> Option<Victim<'_>> {
+        let mut state = self.state.lock();
+        let (index, context) = state
+            .blocks
+            .iter()
+            .enumerate()
+            .filter(|(_, block)| !block.evicting)
+            .filter_map(|(index, block)| match block.usage {
+                Use::Data { context } if of.is_none_or(|of| of == context) => {
+                    Some((index, context, block.used_at))
+                }
+                _ => None,
+            })
+            .min_by_key(|&(_, _, used_at)| used_at)
+            .map(|(index, context, _)| (index, context))?;
+        state.blocks.get_mut(index)?.evicting = true;
+        Some(Victim {
+            vram: self,
+            index,
+            context,
+        })
+    }
+}
