@@ -12,6 +12,9 @@ const BURST: u32 = 5;
 /// How long a burst counts.
 const PERIOD: Duration = Duration::from_secs(5);
 
+/// What the log names as the source of these messages.
+const TARGET: &str = "farfault_device::guest";
+
 /// Decides which messages pass.
 #[derive(Debug, Default)]
 pub(crate) struct RateLimit(Mutex<State>);
@@ -28,8 +31,10 @@ impl RateLimit {
     pub(crate) fn warn(&self, message: impl FnOnce() -> String) {
         match self.admit(Instant::now()) {
             None => {}
-            Some(0) => log::warn!("{}", message()),
-            Some(n) => log::warn!("{} ({n} more like this were not logged)", message()),
+            Some(0) => log::warn!(target: TARGET, "{}", message()),
+            Some(n) => {
+                log::warn!(target: TARGET, "{} ({n} more like this were not logged)", message());
+            }
         }
     }
 

@@ -56,27 +56,18 @@ impl Session {
         listener: &mut Listener,
         ended: EventFd,
     ) -> Result<Self, SessionError> {
-        // Dropping the daemon waits for the queues' threads, so what ends them is there first, and
-        // on each way out of here it is dropped first.
-        let end_of_session = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let backend = Arc::new(Backend::new(Arc::clone(&device)));
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let mut daemon = VhostUserDaemon::new("vhost-user".into(), Arc::clone(&backend), memory)
+        let mut service = Service::new(Arc::clone(&backend))?;
+        service
+            .daemon
+            .start(listener)
             .map_err(SessionError::Daemon)?;
-        let queues = daemon.get_epoll_handlers();
-        let end = end_of_session.as_raw_fd();
-        let threads = QueueThreads(end_of_session);
-        for queue in queues {
-            queue.register_listener(end, EventSet::IN, END_OF_SESSION)?;
-        }
-        daemon.start(listener).map_err(SessionError::Daemon)?;
-        let connection = daemon.shutdown_handle();
+        let connection = service.daemon.shutdown_handle();
         let thread = thread::Builder::new()
             .name("session".into())
             .spawn(move || {
-                report_end(daemon.wait());
-                drop(threads);
-                drop(daemon);
+                report_end(service.daemon.wait());
+                drop(service);
                 if let Err(error) = device.detach() {
                     log::error!("the GPU cannot be reset after its VM: {error}");
                 }
@@ -109,12 +100,31 @@ impl Session {
     }
 }
 
-/// The threads of the queues, ended on drop.
-struct QueueThreads(EventFd);
+/// The crate's daemon with its queue threads, ended on drop.
+struct Service {
+    // First, so that it is dropped first: it waits for threads that `end` has told to end, and that
+    // would not hear of it if the file descriptor were closed already.
+    daemon: VhostUserDaemon<Arc<Backend>>,
+    end: EventFd,
+}
 
-impl Drop for QueueThreads {
+impl Service {
+    fn new(backend: Arc<Backend>) -> Result<Self, SessionError> {
+        let end = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let daemon = VhostUserDaemon::new("vhost-user".into(), backend, memory)
+            .map_err(SessionError::Daemon)?;
+        let service = Self { daemon, end };
+        for queue in service.daemon.get_epoll_handlers() {
+            queue.register_listener(service.end.as_raw_fd(), EventSet::IN, END_OF_SESSION)?;
+        }
+        Ok(service)
+    }
+}
+
+impl Drop for Service {
     fn drop(&mut self) {
-        if let Err(error) = self.0.write(1) {
+        if let Err(error) = self.end.write(1) {
             log::error!("cannot end the queues' threads: {error}");
         }
     }

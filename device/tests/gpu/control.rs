@@ -83,7 +83,10 @@ fn opcode_unknown_is_unknown_command() {
 fn request_too_long_is_limit_exceeded_and_does_nothing() {
     let mut rig = Rig::new();
     let answer = rig.control(&nop().repeat(32 * 1024 / 8 + 1));
-    assert_eq!((answer.status, answer.completed), (Status::LimitExceeded, 0));
+    assert_eq!(
+        (answer.status, answer.completed),
+        (Status::LimitExceeded, 0)
+    );
     let answer = rig.control(&nop().repeat(32 * 1024 / 8));
     assert_eq!((answer.status, answer.completed), (Status::Ok, 4096));
 }
@@ -101,10 +104,16 @@ fn reserved_fields_nonzero_are_malformed() {
         cancel(1, 0),
         kill_job(1, 0),
     ] {
-        assert_eq!(status(&mut rig, &with_byte(request, 12, 1)), Status::Malformed);
+        assert_eq!(
+            status(&mut rig, &with_byte(request, 12, 1)),
+            Status::Malformed
+        );
     }
     let run = write_ptes(&[pte_run(root, 0, 0, 1)]);
-    assert_eq!(status(&mut rig, &with_byte(run, 8 + 28, 1)), Status::Malformed);
+    assert_eq!(
+        status(&mut rig, &with_byte(run, 8 + 28, 1)),
+        Status::Malformed
+    );
 }
 
 #[test]
@@ -136,15 +145,27 @@ fn context_made_twice_or_wrong_is_refused() {
     let mut rig = Rig::new();
     let root = VramAddr::new(0x1000);
     assert_eq!(status(&mut rig, &create_context(3, root)), Status::Ok);
-    assert_eq!(status(&mut rig, &create_context(3, root)), Status::ContextExists);
-    assert_eq!(status(&mut rig, &create_context(64, root)), Status::BadContext);
+    assert_eq!(
+        status(&mut rig, &create_context(3, root)),
+        Status::ContextExists
+    );
+    assert_eq!(
+        status(&mut rig, &create_context(64, root)),
+        Status::BadContext
+    );
     let odd = VramAddr::new(0x1008);
-    assert_eq!(status(&mut rig, &create_context(4, odd)), Status::Misaligned);
+    assert_eq!(
+        status(&mut rig, &create_context(4, odd)),
+        Status::Misaligned
+    );
     for beyond in [VRAM, u64::MAX - 0xfff] {
         let request = create_context(4, VramAddr::new(beyond));
         assert_eq!(status(&mut rig, &request), Status::BadAddress);
     }
-    assert_eq!(status(&mut rig, &create_context(63, VramAddr::new(VRAM - PAGE))), Status::Ok);
+    assert_eq!(
+        status(&mut rig, &create_context(63, VramAddr::new(VRAM - PAGE))),
+        Status::Ok
+    );
     assert_eq!(rig.gpu.contexts().len(), 2);
 }
 
@@ -192,7 +213,10 @@ fn write_ptes_wrong_is_refused_and_writes_nothing() {
         (pte_run(VramAddr::new(0), 1, 0, 513), Status::LimitExceeded),
         (pte_run(VramAddr::new(8), 1, 0, 512), Status::LimitExceeded),
         (pte_run(VramAddr::new(VRAM), 1, 0, 1), Status::BadAddress),
-        (pte_run(VramAddr::new(u64::MAX - 7), 1, 0, 1), Status::BadAddress),
+        (
+            pte_run(VramAddr::new(u64::MAX - 7), 1, 0, 1),
+            Status::BadAddress,
+        ),
     ];
     for (bad, expected) in cases {
         assert_eq!(status(&mut rig, &write_ptes(&[good, bad])), expected);
@@ -212,7 +236,10 @@ fn write_ptes_run_counts_by_its_step() {
     rig.control_ok(&request);
     let words = [PAGE - 24, PAGE - 16, PAGE - 8, PAGE].map(|at| rig.vram_word(at));
     assert_eq!(words, [10, 15, 20, 0]);
-    assert_eq!([VRAM - 16, VRAM - 8].map(|at| rig.vram_word(at)), [u64::MAX, 0]);
+    assert_eq!(
+        [VRAM - 16, VRAM - 8].map(|at| rig.vram_word(at)),
+        [u64::MAX, 0]
+    );
 }
 
 #[test]
@@ -263,7 +290,10 @@ fn read_ptes_of_many_commands_ends_at_the_limit_of_a_request() {
     let mut rig = Rig::new();
     rig.create_context(0);
     let answer = rig.control(&read_ptes(0, 0, 512).repeat(9));
-    assert_eq!((answer.status, answer.completed), (Status::LimitExceeded, 8));
+    assert_eq!(
+        (answer.status, answer.completed),
+        (Status::LimitExceeded, 8)
+    );
     assert_eq!(answer.data.len(), 8 * 512);
 }
 
@@ -280,7 +310,10 @@ fn accessed_and_dirty_are_set_by_use_and_harvested() {
         (leaf.has(Pte::ACCESSED), leaf.has(Pte::DIRTY))
     };
     let all: Vec<_> = (0..4).map(|page| marks(&mut rig, page)).collect();
-    assert_eq!(all, [(true, false), (true, false), (true, true), (false, false)]);
+    assert_eq!(
+        all,
+        [(true, false), (true, false), (true, true), (false, false)]
+    );
     assert_eq!(rig.control_ok(&harvest(0, VA, 4)).value, 3);
     assert_eq!(rig.control_ok(&harvest(0, VA, 4)).value, 0);
     assert_eq!(marks(&mut rig, 2), (false, true));

@@ -25,7 +25,9 @@ fn fill(pattern: u64, to: u64, length: u64) -> CopyRun {
 }
 
 fn pattern(length: u64, seed: u8) -> Vec<u8> {
-    (0..length).map(|i| (i * 7 + i / 251) as u8 ^ seed).collect()
+    (0..length)
+        .map(|i| (i * 7 + i / 251) as u8 ^ seed)
+        .collect()
 }
 
 fn ram(rig: &Rig, at: u64, length: u64) -> Vec<u8> {
@@ -48,7 +50,10 @@ fn bytes_go_up_and_come_back() {
         rig.ram.write_slice(&data, GuestAddress(from)).unwrap();
         assert_eq!(rig.copy(&[upload(from, UP + to, length)]), (Status::Ok, 0));
         let back = 17 * MIB + 1;
-        assert_eq!(rig.copy(&[download(UP + to, back, length)]), (Status::Ok, 0));
+        assert_eq!(
+            rig.copy(&[download(UP + to, back, length)]),
+            (Status::Ok, 0)
+        );
         assert!(ram(&rig, back, length) == data);
     }
 }
@@ -68,7 +73,10 @@ fn list_of_many_runs_moves_each() {
     let turned: Vec<u8> = data.chunks(64).rev().flatten().copied().collect();
     assert!(back == turned);
     let stats = rig.gpu.stats().copy;
-    assert_eq!((stats.bytes_to_vram, stats.bytes_to_system), (64_000, 64_000));
+    assert_eq!(
+        (stats.bytes_to_vram, stats.bytes_to_system),
+        (64_000, 64_000)
+    );
 }
 
 #[test]
@@ -94,9 +102,15 @@ fn fill_behind_an_odd_run_keeps_its_phase() {
 #[test]
 fn fill_with_zero_zeroes_exactly_and_gives_the_memory_back() {
     let mut rig = Rig::new();
-    assert_eq!(rig.copy(&[fill(!0, 0, 4 * MIB), fill(!0, 4 * MIB, 4 * MIB)]), (Status::Ok, 0));
+    assert_eq!(
+        rig.copy(&[fill(!0, 0, 4 * MIB), fill(!0, 4 * MIB, 4 * MIB)]),
+        (Status::Ok, 0)
+    );
     assert_eq!(rig.gpu.vram().written, 8 * MIB);
-    let runs = [fill(0, MIB + 8, 3 * MIB - 8), fill(0, 4 * MIB, 2 * MIB + 16)];
+    let runs = [
+        fill(0, MIB + 8, 3 * MIB - 8),
+        fill(0, 4 * MIB, 2 * MIB + 16),
+    ];
     assert_eq!(rig.copy(&runs), (Status::Ok, 0));
     for (at, expected) in [
         (MIB, !0),
@@ -132,7 +146,10 @@ fn runs_wrong_are_refused_with_their_index_and_nothing_moves() {
         (download(VRAM - 1, 0, 2), Status::BadAddress),
         (wrong(|run| run.reserved[9] = 1), Status::Malformed),
         (wrong(|run| run.source_aperture = 3), Status::BadArgument),
-        (wrong(|run| run.destination_aperture = 9), Status::BadArgument),
+        (
+            wrong(|run| run.destination_aperture = 9),
+            Status::BadArgument,
+        ),
         (
             wrong(|run| run.destination_aperture = CopyAperture::Pattern.raw()),
             Status::BadArgument,
@@ -151,7 +168,10 @@ fn submit_framing_wrong_is_refused() {
     assert_eq!(rig.submit(&copy(&[])), (Status::Malformed, 0));
     assert_eq!(rig.submit(&[]), (Status::Malformed, 0));
     assert_eq!(rig.submit(&one[..16]), (Status::Malformed, 0));
-    assert_eq!(rig.submit(&[one.clone(), nop()].concat()), (Status::Malformed, 0));
+    assert_eq!(
+        rig.submit(&[one.clone(), nop()].concat()),
+        (Status::Malformed, 0)
+    );
     let mut unknown = nop();
     unknown[0] = 3;
     assert_eq!(rig.submit(&unknown), (Status::UnknownCommand, 0));
@@ -164,21 +184,34 @@ fn submit_framing_wrong_is_refused() {
 fn lists_take_turns() {
     let mut rig = Rig::new();
     let long: Vec<_> = (0..4).map(|i| fill(1, i * 4 * MIB, 4 * MIB)).collect();
-    assert_eq!(rig.gpu.submit(&copy(&long), 100, &rig.ram), Outcome::Pending);
+    assert_eq!(
+        rig.gpu.submit(&copy(&long), 100, &rig.ram),
+        Outcome::Pending
+    );
     let short = copy(&[fill(2, 20 * MIB, PAGE)]);
     assert_eq!(rig.gpu.submit(&short, 101, &rig.ram), Outcome::Pending);
     for _ in 0..2 {
         assert!(rig.step());
     }
-    assert!(rig.replies.contains_key(&101), "the short list waits for the long one");
+    assert!(
+        rig.replies.contains_key(&101),
+        "the short list waits for the long one"
+    );
     assert!(!rig.replies.contains_key(&100));
 }
 
 #[test]
 fn ram_that_went_away_fails_the_list_with_the_first_run_that_needed_it() {
     let mut rig = Rig::new();
-    let runs = [fill(5, 0, 8), upload(16 * MIB, 0x1000, 4 * MIB), upload(20 * MIB, 0x1000, 8)];
-    assert_eq!(rig.gpu.submit(&copy(&runs), 100, &rig.ram), Outcome::Pending);
+    let runs = [
+        fill(5, 0, 8),
+        upload(16 * MIB, 0x1000, 4 * MIB),
+        upload(20 * MIB, 0x1000, 8),
+    ];
+    assert_eq!(
+        rig.gpu.submit(&copy(&runs), 100, &rig.ram),
+        Outcome::Pending
+    );
     rig.ram = vm_memory::GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MIB as usize)]).unwrap();
     rig.run();
     let (_, reply) = rig.replies.remove(&100).unwrap();

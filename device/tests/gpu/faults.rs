@@ -86,14 +86,44 @@ fn causes_are_told_apart() {
         (Kernel::Fill, vec![VA, 8, 0], Access::Write, ReadOnly),
         (Kernel::Add, vec![VA, 8, 1], Access::Write, ReadOnly),
         (Kernel::AtomicAdd, vec![VA, 1, 1], Access::Atomic, ReadOnly),
-        (Kernel::AtomicAdd, vec![VA + PAGE, 1, 1], Access::Atomic, NotAtomic),
-        (Kernel::CompareAndSwap, vec![VA + PAGE, 1, 1], Access::Atomic, NotAtomic),
+        (
+            Kernel::AtomicAdd,
+            vec![VA + PAGE, 1, 1],
+            Access::Atomic,
+            NotAtomic,
+        ),
+        (
+            Kernel::CompareAndSwap,
+            vec![VA + PAGE, 1, 1],
+            Access::Atomic,
+            NotAtomic,
+        ),
         (Kernel::Sum, vec![VA + 2 * PAGE, 8], Access::Read, BadEntry),
         (Kernel::Sum, vec![VA + 3 * PAGE, 8], Access::Read, BadEntry),
-        (Kernel::Sum, vec![VA + 4 * PAGE, 8], Access::Read, NotPresent),
-        (Kernel::PointerChase, vec![1 << 48, 1], Access::Read, BadAddress),
-        (Kernel::Copy, vec![VA + PAGE, VA + 5 * PAGE, 8], Access::Read, NotPresent),
-        (Kernel::Copy, vec![VA + 5 * PAGE, VA + PAGE, 8], Access::Write, NotPresent),
+        (
+            Kernel::Sum,
+            vec![VA + 4 * PAGE, 8],
+            Access::Read,
+            NotPresent,
+        ),
+        (
+            Kernel::PointerChase,
+            vec![1 << 48, 1],
+            Access::Read,
+            BadAddress,
+        ),
+        (
+            Kernel::Copy,
+            vec![VA + PAGE, VA + 5 * PAGE, 8],
+            Access::Read,
+            NotPresent,
+        ),
+        (
+            Kernel::Copy,
+            vec![VA + 5 * PAGE, VA + PAGE, 8],
+            Access::Write,
+            NotPresent,
+        ),
     ];
     for (kernel, arguments, access, cause) in cases {
         rig.launch(1, 7, kernel, &arguments, 1);
@@ -101,7 +131,11 @@ fn causes_are_told_apart() {
         let faults = rig.take_faults();
         assert_eq!(faults.len(), 1, "{kernel:?}");
         let got = (faults[0].access, faults[0].cause);
-        assert_eq!(got, (access.raw(), cause.raw()), "{kernel:?} {arguments:x?}");
+        assert_eq!(
+            got,
+            (access.raw(), cause.raw()),
+            "{kernel:?} {arguments:x?}"
+        );
         rig.control_ok(&cancel(1, faults[0].sequence.get()));
         assert_failed(&rig.take_fence(), faults[0].page.get(), access, cause);
     }
@@ -212,7 +246,10 @@ fn fences_wait_for_buffers_and_get_them_first() {
     assert_eq!(rig.take_events(), []);
     assert_eq!(rig.gpu.queues().waiting_fences, 2);
     // The name is taken until the event has a buffer.
-    assert_eq!(rig.try_launch(1, 1, Kernel::Sum, &[VA, 8], 1), Status::BadArgument);
+    assert_eq!(
+        rig.try_launch(1, 1, Kernel::Sum, &[VA, 8], 1),
+        Status::BadArgument
+    );
     // It has ended by itself, so there is nothing to kill.
     rig.control_ok(&kill_job(1, 1));
     rig.gpu.post_event_buffers(3);

@@ -37,15 +37,24 @@ fn range_kernels_compute_over_both_memories_with_any_number_of_waves() {
         let (start, length) = (VA + 24, 120 * PAGE - 64);
         let words = length / 8;
         result(&mut rig, Kernel::Fill, &[start, length, 3], waves);
-        assert_eq!(result(&mut rig, Kernel::Sum, &[start, length], waves), 3 * words);
+        assert_eq!(
+            result(&mut rig, Kernel::Sum, &[start, length], waves),
+            3 * words
+        );
         result(&mut rig, Kernel::Add, &[start, length, 4], waves);
-        assert_eq!(result(&mut rig, Kernel::Sum, &[start, length], waves), 7 * words);
+        assert_eq!(
+            result(&mut rig, Kernel::Sum, &[start, length], waves),
+            7 * words
+        );
         assert_eq!(rig.vram_word(16), 0);
         assert_eq!(rig.vram_word(24), 7);
         assert_eq!(rig.ram_word(MIB), 7);
         let copied = [VA + 64 * PAGE, VA, 64 * PAGE];
         result(&mut rig, Kernel::Copy, &copied, waves);
-        assert_eq!([MIB, MIB + 16, MIB + 24].map(|at| rig.ram_word(at)), [0, 0, 7]);
+        assert_eq!(
+            [MIB, MIB + 16, MIB + 24].map(|at| rig.ram_word(at)),
+            [0, 0, 7]
+        );
     }
 }
 
@@ -68,7 +77,10 @@ fn range_of_nothing_ends_at_once() {
 fn atomic_add_counts_every_addition() {
     let mut rig = rig();
     // More than one work's worth.
-    assert_eq!(result(&mut rig, Kernel::AtomicAdd, &[VA, 3, 2000], 1), 3 * 1999);
+    assert_eq!(
+        result(&mut rig, Kernel::AtomicAdd, &[VA, 3, 2000], 1),
+        3 * 1999
+    );
     result(&mut rig, Kernel::AtomicAdd, &[VA, 1, 100], 50);
     assert_eq!(rig.vram_word(0), 3 * 2000 + 5000);
     assert_eq!(result(&mut rig, Kernel::AtomicAdd, &[VA, 1, 0], 2), 0);
@@ -77,8 +89,14 @@ fn atomic_add_counts_every_addition() {
 #[test]
 fn compare_and_swap_stores_only_where_expected() {
     let mut rig = rig();
-    assert_eq!(result(&mut rig, Kernel::CompareAndSwap, &[VA + 8, 0, 5], 1), 0);
-    assert_eq!(result(&mut rig, Kernel::CompareAndSwap, &[VA + 8, 1, 6], 1), 5);
+    assert_eq!(
+        result(&mut rig, Kernel::CompareAndSwap, &[VA + 8, 0, 5], 1),
+        0
+    );
+    assert_eq!(
+        result(&mut rig, Kernel::CompareAndSwap, &[VA + 8, 1, 6], 1),
+        5
+    );
     assert_eq!(rig.vram_word(8), 5);
 }
 
@@ -86,7 +104,13 @@ fn compare_and_swap_stores_only_where_expected() {
 fn pointer_chase_follows_pointers_over_pages_and_back() {
     let mut rig = rig();
     // The low bits are ignored, as is the rest of the last word.
-    let hops = [(0, 40), (40, 8), (8, PAGE + 16 + 3), (PAGE + 16, 64 * PAGE), (64 * PAGE, 0)];
+    let hops = [
+        (0, 40),
+        (40, 8),
+        (8, PAGE + 16 + 3),
+        (PAGE + 16, 64 * PAGE),
+        (64 * PAGE, 0),
+    ];
     for (at, to) in hops {
         let value = VA + to;
         match at {
@@ -94,8 +118,14 @@ fn pointer_chase_follows_pointers_over_pages_and_back() {
             at => rig.set_ram_word(MIB + at - 64 * PAGE, value),
         }
     }
-    assert_eq!(result(&mut rig, Kernel::PointerChase, &[VA, 3], 1), VA + PAGE + 19);
-    assert_eq!(result(&mut rig, Kernel::PointerChase, &[VA, 4], 1), VA + 64 * PAGE);
+    assert_eq!(
+        result(&mut rig, Kernel::PointerChase, &[VA, 3], 1),
+        VA + PAGE + 19
+    );
+    assert_eq!(
+        result(&mut rig, Kernel::PointerChase, &[VA, 4], 1),
+        VA + 64 * PAGE
+    );
     assert_eq!(result(&mut rig, Kernel::PointerChase, &[VA, 5000], 1), VA);
     assert_eq!(result(&mut rig, Kernel::PointerChase, &[VA, 0], 1), 0);
 }
@@ -124,12 +154,21 @@ fn launch_wrong_is_refused() {
         (l(Kernel::Sum, &[VA, 12], 1), Status::Misaligned),
         (l(Kernel::Copy, &[VA, VA + 4, 8], 1), Status::Misaligned),
         (l(Kernel::AtomicAdd, &[VA + 1, 1, 1], 1), Status::Misaligned),
-        (l(Kernel::CompareAndSwap, &[VA + 1, 1, 1], 1), Status::Misaligned),
+        (
+            l(Kernel::CompareAndSwap, &[VA + 1, 1, 1], 1),
+            Status::Misaligned,
+        ),
         (l(Kernel::PointerChase, &[VA + 1, 1], 1), Status::Misaligned),
-        (l(Kernel::CompareAndSwap, &[VA, 1, 1], 2), Status::BadArgument),
+        (
+            l(Kernel::CompareAndSwap, &[VA, 1, 1], 2),
+            Status::BadArgument,
+        ),
         (l(Kernel::PointerChase, &[VA, 1], 2), Status::BadArgument),
         (l(Kernel::Sum, &[u64::MAX - 7, 16], 1), Status::BadAddress),
-        (l(Kernel::Copy, &[VA, u64::MAX - 7, 16], 1), Status::BadAddress),
+        (
+            l(Kernel::Copy, &[VA, u64::MAX - 7, 16], 1),
+            Status::BadAddress,
+        ),
     ];
     for (request, expected) in cases {
         assert_eq!(rig.submit(&request).0, expected, "{request:?}");
@@ -142,11 +181,23 @@ fn launch_beyond_jobs_or_waves_is_busy_until_one_ends() {
     let mut rig = rig();
     let endless = [VA, 1, ENDLESS];
     rig.launch(0, 1, Kernel::AtomicAdd, &endless, 4000);
-    assert_eq!(rig.try_launch(0, 2, Kernel::AtomicAdd, &endless, 97), Status::Busy);
-    assert_eq!(rig.try_launch(0, 2, Kernel::AtomicAdd, &endless, 96), Status::Ok);
-    assert_eq!(rig.try_launch(0, 2, Kernel::Sum, &[VA, 8], 1), Status::BadArgument);
+    assert_eq!(
+        rig.try_launch(0, 2, Kernel::AtomicAdd, &endless, 97),
+        Status::Busy
+    );
+    assert_eq!(
+        rig.try_launch(0, 2, Kernel::AtomicAdd, &endless, 96),
+        Status::Ok
+    );
+    assert_eq!(
+        rig.try_launch(0, 2, Kernel::Sum, &[VA, 8], 1),
+        Status::BadArgument
+    );
     rig.control_ok(&kill_job(0, 1));
-    assert_eq!(rig.try_launch(0, 1, Kernel::Sum, &[VA, 8], 4000), Status::Ok);
+    assert_eq!(
+        rig.try_launch(0, 1, Kernel::Sum, &[VA, 8], 4000),
+        Status::Ok
+    );
     rig.control_ok(&kill_job(0, 1));
     rig.control_ok(&kill_job(0, 2));
     rig.take_events();
@@ -232,7 +283,10 @@ fn jobs_and_waves_take_turns() {
         assert!(rig.step());
     }
     let (first, second) = (rig.vram_word(0), rig.vram_word(8));
-    assert!(first.abs_diff(second) <= 512, "{first} {second}: jobs share evenly");
+    assert!(
+        first.abs_diff(second) <= 512,
+        "{first} {second}: jobs share evenly"
+    );
 }
 
 #[test]
@@ -244,11 +298,17 @@ fn kill_with_an_access_in_flight_ends_the_job_after_it() {
     rig.control_ok(&kill_job(0, 1));
     assert_eq!(rig.take_events(), [], "an access is still in flight");
     assert!(rig.gpu.jobs()[0].failing);
-    assert!(rig.gpu.next_work().is_none(), "a failing job begins nothing");
+    assert!(
+        rig.gpu.next_work().is_none(),
+        "a failing job begins nothing"
+    );
     rig.finish(work);
     let fence = rig.take_fence();
     assert_eq!(fence.status.get(), JobStatus::Killed.raw());
-    assert_eq!((fence.page.get(), fence.access, fence.result.get()), (0, 0, 0));
+    assert_eq!(
+        (fence.page.get(), fence.access, fence.result.get()),
+        (0, 0, 0)
+    );
 }
 
 #[test]
@@ -264,7 +324,11 @@ fn reset_drops_everything_and_zeroes_vram_after_work_in_flight() {
     assert_eq!(rig.control(&nop()).status, Status::Busy);
     rig.finish(work);
     assert!(!rig.gpu.is_resetting());
-    assert_eq!(rig.late(tag), None, "a request from before the reset is answered");
+    assert_eq!(
+        rig.late(tag),
+        None,
+        "a request from before the reset is answered"
+    );
     assert_eq!(rig.take_events(), []);
     assert!(rig.gpu.contexts().is_empty() && rig.gpu.jobs().is_empty());
     assert_eq!(rig.gpu.vram().written, 0);
@@ -288,8 +352,14 @@ fn limits_of_the_settings_hold() {
     let mut rig = Rig::with(settings);
     rig.create_context(0);
     let root = rig.new_table();
-    assert_eq!(rig.control(&create_context(1, root)).status, Status::BadContext);
-    assert_eq!(rig.try_launch(0, 0, Kernel::Sum, &[0, 8], 3), Status::LimitExceeded);
+    assert_eq!(
+        rig.control(&create_context(1, root)).status,
+        Status::BadContext
+    );
+    assert_eq!(
+        rig.try_launch(0, 0, Kernel::Sum, &[0, 8], 3),
+        Status::LimitExceeded
+    );
     assert_eq!(rig.try_launch(0, 0, Kernel::Sum, &[0, 8], 1), Status::Ok);
     assert_eq!(rig.try_launch(0, 1, Kernel::Sum, &[0, 8], 1), Status::Busy);
 }

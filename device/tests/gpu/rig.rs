@@ -3,39 +3,39 @@
 
 use farfault_device::gpu::{Gpu, Outcome, Queue, Settings, Work};
 use farfault_protocol::{
+    U32, U64,
     address::{GpuVa, SystemAddr, VramAddr},
     command::{CommandHeader, Status},
     control::{self, PteRun},
     event::{ErrorEvent, EventHeader, EventKind, FaultEvent, FenceEvent, JobStatus},
     pte::{self, Location, Pte},
     submit::{self, CopyRun, Kernel, Launch},
-    U32, U64,
 };
 use std::collections::HashMap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::{FromBytes, IntoBytes};
 
-pub const KIB: u64 = 1 << 10;
-pub const MIB: u64 = 1 << 20;
-pub const PAGE: u64 = 4 * KIB;
+pub(crate) const KIB: u64 = 1 << 10;
+pub(crate) const MIB: u64 = 1 << 20;
+pub(crate) const PAGE: u64 = 4 * KIB;
 /// VRAM of a usual rig. The upper half is for page tables.
-pub const VRAM: u64 = 64 * MIB;
+pub(crate) const VRAM: u64 = 64 * MIB;
 /// RAM of every rig: the second and third range touch, the first is apart.
-pub const RAM: [(u64, u64); 3] = [(0, 8 * MIB), (16 * MIB, 8 * MIB), (24 * MIB, 4 * MIB)];
+pub(crate) const RAM: [(u64, u64); 3] = [(0, 8 * MIB), (16 * MIB, 8 * MIB), (24 * MIB, 4 * MIB)];
 /// A page of RAM that the rig itself uses.
 const SCRATCH: u64 = 28 * MIB - 64 * KIB;
 /// All that a leaf may allow.
-pub const RW: u64 = Pte::WRITABLE | Pte::ATOMIC;
+pub(crate) const RW: u64 = Pte::WRITABLE | Pte::ATOMIC;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
+pub(crate) enum Event {
     Fault(FaultEvent),
     Fence(FenceEvent),
     Error(ErrorEvent),
 }
 
 impl Event {
-    pub fn parse(bytes: &[u8; 64]) -> Self {
+    pub(crate) fn parse(bytes: &[u8; 64]) -> Self {
         let (header, _) = EventHeader::read_from_prefix(bytes).unwrap();
         match EventKind::from_raw(header.kind.get()).unwrap() {
             EventKind::Fault => Self::Fault(FaultEvent::read_from_bytes(bytes).unwrap()),
@@ -47,15 +47,15 @@ impl Event {
 
 /// A reply of the control queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
-    pub status: Status,
-    pub completed: u32,
-    pub value: u64,
-    pub data: Vec<u64>,
+pub(crate) struct Answer {
+    pub(crate) status: Status,
+    pub(crate) completed: u32,
+    pub(crate) value: u64,
+    pub(crate) data: Vec<u64>,
 }
 
 impl Answer {
-    pub fn parse(bytes: &[u8]) -> Self {
+    pub(crate) fn parse(bytes: &[u8]) -> Self {
         let (reply, data) = control::Reply::read_from_prefix(bytes).unwrap();
         let words = data.chunks_exact(8);
         assert!(words.remainder().is_empty());
@@ -70,7 +70,7 @@ impl Answer {
     }
 }
 
-pub fn parse_submit_reply(bytes: &[u8]) -> (Status, u32) {
+pub(crate) fn parse_submit_reply(bytes: &[u8]) -> (Status, u32) {
     let reply = submit::Reply::read_from_bytes(bytes).unwrap();
     (
         Status::from_raw(reply.status.get()).unwrap(),
@@ -78,13 +78,13 @@ pub fn parse_submit_reply(bytes: &[u8]) -> (Status, u32) {
     )
 }
 
-pub struct Rig {
-    pub gpu: Gpu,
-    pub ram: GuestMemoryMmap,
+pub(crate) struct Rig {
+    pub(crate) gpu: Gpu,
+    pub(crate) ram: GuestMemoryMmap,
     /// Events not looked at yet.
-    pub events: Vec<Event>,
+    pub(crate) events: Vec<Event>,
     /// Replies of pending requests, by tag.
-    pub replies: HashMap<u64, (Queue, Vec<u8>)>,
+    pub(crate) replies: HashMap<u64, (Queue, Vec<u8>)>,
     next_tag: u64,
     next_table: u64,
     /// Page tables by (context, level, first address).
@@ -93,14 +93,14 @@ pub struct Rig {
 
 impl Rig {
     /// A GPU with 64 MiB of VRAM and 64 posted event buffers.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut rig = Self::with(Settings::new(VRAM));
         rig.gpu.post_event_buffers(64);
         rig
     }
 
     /// A GPU of one's own, without event buffers.
-    pub fn with(settings: Settings) -> Self {
+    pub(crate) fn with(settings: Settings) -> Self {
         let ranges = RAM.map(|(start, length)| (GuestAddress(start), length as usize));
         Self {
             gpu: Gpu::new(settings).unwrap(),
@@ -113,13 +113,13 @@ impl Rig {
         }
     }
 
-    pub fn tag(&mut self) -> u64 {
+    pub(crate) fn tag(&mut self) -> u64 {
         self.next_tag += 1;
         self.next_tag
     }
 
     /// Sends a control request. `None` if it is pending, under the tag returned.
-    pub fn try_control(&mut self, request: &[u8]) -> (u64, Option<Answer>) {
+    pub(crate) fn try_control(&mut self, request: &[u8]) -> (u64, Option<Answer>) {
         let tag = self.tag();
         let outcome = self.gpu.control(request, tag);
         self.collect();
@@ -130,26 +130,26 @@ impl Rig {
     }
 
     /// Sends a control request that does not wait.
-    pub fn control(&mut self, request: &[u8]) -> Answer {
+    pub(crate) fn control(&mut self, request: &[u8]) -> Answer {
         self.try_control(request).1.expect("the request waits")
     }
 
     /// The same, which succeeds.
-    pub fn control_ok(&mut self, request: &[u8]) -> Answer {
+    pub(crate) fn control_ok(&mut self, request: &[u8]) -> Answer {
         let answer = self.control(request);
         assert_eq!(answer.status, Status::Ok);
         answer
     }
 
     /// The answer of a control request that was pending, if it came.
-    pub fn late(&mut self, tag: u64) -> Option<Answer> {
+    pub(crate) fn late(&mut self, tag: u64) -> Option<Answer> {
         let (queue, reply) = self.replies.remove(&tag)?;
         assert_eq!(queue, Queue::Control);
         Some(Answer::parse(&reply))
     }
 
     /// Sends a submit request and does all work until it is answered.
-    pub fn submit(&mut self, request: &[u8]) -> (Status, u32) {
+    pub(crate) fn submit(&mut self, request: &[u8]) -> (Status, u32) {
         let tag = self.tag();
         match self.gpu.submit(request, tag, &self.ram) {
             Outcome::Done(reply) => {
@@ -166,7 +166,7 @@ impl Rig {
     }
 
     /// Fetches events and completions.
-    pub fn collect(&mut self) {
+    pub(crate) fn collect(&mut self) {
         while let Some(event) = self.gpu.next_event() {
             self.events.push(Event::parse(&event));
         }
@@ -177,7 +177,7 @@ impl Rig {
     }
 
     /// Executes one piece of work. Whether there was one.
-    pub fn step(&mut self) -> bool {
+    pub(crate) fn step(&mut self) -> bool {
         let work = self.gpu.next_work();
         self.collect();
         match work {
@@ -190,14 +190,14 @@ impl Rig {
     }
 
     /// Executes a piece of work that was handed out.
-    pub fn finish(&mut self, work: Work) {
+    pub(crate) fn finish(&mut self, work: Work) {
         let done = work.execute(&self.ram);
         self.gpu.retire(done);
         self.collect();
     }
 
     /// Does all work there is, which must have an end.
-    pub fn run(&mut self) {
+    pub(crate) fn run(&mut self) {
         for _ in 0..1_000_000 {
             if !self.step() {
                 return;
@@ -207,12 +207,12 @@ impl Rig {
     }
 
     /// The events since the last look.
-    pub fn take_events(&mut self) -> Vec<Event> {
+    pub(crate) fn take_events(&mut self) -> Vec<Event> {
         self.collect();
         std::mem::take(&mut self.events)
     }
 
-    pub fn take_faults(&mut self) -> Vec<FaultEvent> {
+    pub(crate) fn take_faults(&mut self) -> Vec<FaultEvent> {
         let events = self.take_events();
         let fault = |event| match event {
             Event::Fault(fault) => fault,
@@ -222,7 +222,7 @@ impl Rig {
     }
 
     /// The one event there is, a fence.
-    pub fn take_fence(&mut self) -> FenceEvent {
+    pub(crate) fn take_fence(&mut self) -> FenceEvent {
         match self.take_events().as_slice() {
             [Event::Fence(fence)] => *fence,
             other => panic!("not one fence: {other:?}"),
@@ -230,7 +230,7 @@ impl Rig {
     }
 
     /// The result of the one job that ended.
-    pub fn take_result(&mut self, fence: u64) -> u64 {
+    pub(crate) fn take_result(&mut self, fence: u64) -> u64 {
         let event = self.take_fence();
         assert_eq!(event.fence.get(), fence);
         assert_eq!(event.status.get(), JobStatus::Ok.raw(), "{event:?}");
@@ -239,13 +239,13 @@ impl Rig {
 
     // ---- page tables
 
-    pub fn new_table(&mut self) -> VramAddr {
+    pub(crate) fn new_table(&mut self) -> VramAddr {
         let table = VramAddr::new(self.next_table);
         self.next_table += PAGE;
         table
     }
 
-    pub fn create_context(&mut self, context: u32) {
+    pub(crate) fn create_context(&mut self, context: u32) {
         let root = self.new_table();
         self.tables.retain(|&(owner, ..), _| owner != context);
         self.tables.insert((context, pte::ROOT_LEVEL, 0), root);
@@ -253,7 +253,7 @@ impl Rig {
     }
 
     /// The entry of an address at a level. Tables above are made.
-    pub fn entry(&mut self, context: u32, va: u64, level: u32) -> VramAddr {
+    pub(crate) fn entry(&mut self, context: u32, va: u64, level: u32) -> VramAddr {
         let span = |level: u32| 1u64 << (12 + 9 * (level + 1));
         let base = if level == pte::ROOT_LEVEL {
             0
@@ -273,12 +273,12 @@ impl Rig {
         VramAddr::new(table.get() + pte::index(GpuVa::new(va), level) * 8)
     }
 
-    pub fn write_pte(&mut self, entry: VramAddr, value: u64) {
+    pub(crate) fn write_pte(&mut self, entry: VramAddr, value: u64) {
         self.control_ok(&write_ptes(&[pte_run(entry, value, 0, 1)]));
     }
 
     /// Maps pages of 4 KiB.
-    pub fn map(&mut self, context: u32, va: u64, to: Location, pages: u64, flags: u64) {
+    pub(crate) fn map(&mut self, context: u32, va: u64, to: Location, pages: u64, flags: u64) {
         for page in 0..pages {
             let entry = self.entry(context, va + page * PAGE, 0);
             self.write_pte(entry, Pte::leaf(offset(to, page * PAGE), flags).0);
@@ -286,12 +286,12 @@ impl Rig {
     }
 
     /// Maps a page of 2 MiB.
-    pub fn map_huge(&mut self, context: u32, va: u64, to: Location, flags: u64) {
+    pub(crate) fn map_huge(&mut self, context: u32, va: u64, to: Location, flags: u64) {
         let entry = self.entry(context, va, 1);
         self.write_pte(entry, Pte::leaf(to, flags | Pte::HUGE).0);
     }
 
-    pub fn unmap(&mut self, context: u32, va: u64, pages: u64) {
+    pub(crate) fn unmap(&mut self, context: u32, va: u64, pages: u64) {
         for page in 0..pages {
             let entry = self.entry(context, va + page * PAGE, 0);
             self.write_pte(entry, 0);
@@ -299,39 +299,39 @@ impl Rig {
     }
 
     /// The leaf of one page, as the GPU sees it.
-    pub fn leaf(&mut self, context: u32, va: u64) -> Pte {
+    pub(crate) fn leaf(&mut self, context: u32, va: u64) -> Pte {
         Pte(self.control_ok(&read_ptes(context, va, 1)).data[0])
     }
 
     // ---- memory
 
-    pub fn ram_word(&self, at: u64) -> u64 {
+    pub(crate) fn ram_word(&self, at: u64) -> u64 {
         self.ram.read_obj(GuestAddress(at)).unwrap()
     }
 
-    pub fn set_ram_word(&self, at: u64, value: u64) {
+    pub(crate) fn set_ram_word(&self, at: u64, value: u64) {
         self.ram.write_obj(value, GuestAddress(at)).unwrap();
     }
 
     /// A word of VRAM, by way of RAM.
-    pub fn vram_word(&mut self, at: u64) -> u64 {
+    pub(crate) fn vram_word(&mut self, at: u64) -> u64 {
         let run = CopyRun::download(VramAddr::new(at), SystemAddr::new(SCRATCH), 8);
         assert_eq!(self.copy(&[run]), (Status::Ok, 0));
         self.ram_word(SCRATCH)
     }
 
-    pub fn set_vram_word(&mut self, at: u64, value: u64) {
+    pub(crate) fn set_vram_word(&mut self, at: u64, value: u64) {
         let run = CopyRun::fill(value, VramAddr::new(at), 8);
         assert_eq!(self.copy(&[run]), (Status::Ok, 0));
     }
 
-    pub fn copy(&mut self, runs: &[CopyRun]) -> (Status, u32) {
+    pub(crate) fn copy(&mut self, runs: &[CopyRun]) -> (Status, u32) {
         self.submit(&copy(runs))
     }
 
     // ---- jobs
 
-    pub fn try_launch(
+    pub(crate) fn try_launch(
         &mut self,
         context: u32,
         fence: u64,
@@ -344,7 +344,7 @@ impl Rig {
     }
 
     /// Launches a job, which is accepted, and does not run it.
-    pub fn launch(
+    pub(crate) fn launch(
         &mut self,
         context: u32,
         fence: u64,
@@ -357,15 +357,15 @@ impl Rig {
     }
 }
 
-pub fn vram(at: u64) -> Location {
+pub(crate) fn vram(at: u64) -> Location {
     Location::Vram(VramAddr::new(at))
 }
 
-pub fn system(at: u64) -> Location {
+pub(crate) fn system(at: u64) -> Location {
     Location::System(SystemAddr::new(at))
 }
 
-pub fn offset(at: Location, bytes: u64) -> Location {
+pub(crate) fn offset(at: Location, bytes: u64) -> Location {
     match at {
         Location::Vram(a) => vram(a.get() + bytes),
         Location::System(a) => system(a.get() + bytes),
@@ -380,31 +380,37 @@ fn command<T: IntoBytes + zerocopy::Immutable>(
     opcode: control::Opcode,
     make: impl FnOnce(CommandHeader) -> T,
 ) -> Vec<u8> {
-    make(header(opcode.raw(), size_of::<T>())).as_bytes().to_vec()
+    make(header(opcode.raw(), size_of::<T>()))
+        .as_bytes()
+        .to_vec()
 }
 
-pub fn nop() -> Vec<u8> {
+pub(crate) fn nop() -> Vec<u8> {
     command(control::Opcode::Nop, |header| header)
 }
 
-pub fn create_context(context: u32, root: VramAddr) -> Vec<u8> {
-    command(control::Opcode::CreateContext, |header| control::CreateContext {
-        header,
-        context: U32::new(context),
-        reserved: U32::new(0),
-        root,
+pub(crate) fn create_context(context: u32, root: VramAddr) -> Vec<u8> {
+    command(control::Opcode::CreateContext, |header| {
+        control::CreateContext {
+            header,
+            context: U32::new(context),
+            reserved: U32::new(0),
+            root,
+        }
     })
 }
 
-pub fn destroy_context(context: u32) -> Vec<u8> {
-    command(control::Opcode::DestroyContext, |header| control::DestroyContext {
-        header,
-        context: U32::new(context),
-        reserved: U32::new(0),
+pub(crate) fn destroy_context(context: u32) -> Vec<u8> {
+    command(control::Opcode::DestroyContext, |header| {
+        control::DestroyContext {
+            header,
+            context: U32::new(context),
+            reserved: U32::new(0),
+        }
     })
 }
 
-pub fn pte_run(entry: VramAddr, first: u64, step: u64, count: u32) -> PteRun {
+pub(crate) fn pte_run(entry: VramAddr, first: u64, step: u64, count: u32) -> PteRun {
     PteRun {
         entry,
         first: U64::new(first),
@@ -414,7 +420,7 @@ pub fn pte_run(entry: VramAddr, first: u64, step: u64, count: u32) -> PteRun {
     }
 }
 
-pub fn write_ptes(runs: &[PteRun]) -> Vec<u8> {
+pub(crate) fn write_ptes(runs: &[PteRun]) -> Vec<u8> {
     let length = 8 + size_of_val(runs);
     let mut bytes = header(control::Opcode::WritePtes.raw(), length)
         .as_bytes()
@@ -423,7 +429,7 @@ pub fn write_ptes(runs: &[PteRun]) -> Vec<u8> {
     bytes
 }
 
-pub fn invalidate(context: u32, start: u64, length: u64) -> Vec<u8> {
+pub(crate) fn invalidate(context: u32, start: u64, length: u64) -> Vec<u8> {
     command(control::Opcode::Invalidate, |header| control::Invalidate {
         header,
         context: U32::new(context),
@@ -433,7 +439,7 @@ pub fn invalidate(context: u32, start: u64, length: u64) -> Vec<u8> {
     })
 }
 
-pub fn replay(context: u32, through: u64) -> Vec<u8> {
+pub(crate) fn replay(context: u32, through: u64) -> Vec<u8> {
     command(control::Opcode::Replay, |header| control::Replay {
         header,
         context: U32::new(context),
@@ -442,7 +448,7 @@ pub fn replay(context: u32, through: u64) -> Vec<u8> {
     })
 }
 
-pub fn cancel(context: u32, sequence: u64) -> Vec<u8> {
+pub(crate) fn cancel(context: u32, sequence: u64) -> Vec<u8> {
     command(control::Opcode::Cancel, |header| control::Cancel {
         header,
         context: U32::new(context),
@@ -451,7 +457,7 @@ pub fn cancel(context: u32, sequence: u64) -> Vec<u8> {
     })
 }
 
-pub fn read_ptes(context: u32, start: u64, count: u32) -> Vec<u8> {
+pub(crate) fn read_ptes(context: u32, start: u64, count: u32) -> Vec<u8> {
     command(control::Opcode::ReadPtes, |header| control::ReadPtes {
         header,
         context: U32::new(context),
@@ -460,7 +466,7 @@ pub fn read_ptes(context: u32, start: u64, count: u32) -> Vec<u8> {
     })
 }
 
-pub fn harvest(context: u32, start: u64, count: u32) -> Vec<u8> {
+pub(crate) fn harvest(context: u32, start: u64, count: u32) -> Vec<u8> {
     command(control::Opcode::HarvestAccessed, |header| {
         control::HarvestAccessed {
             header,
@@ -471,7 +477,7 @@ pub fn harvest(context: u32, start: u64, count: u32) -> Vec<u8> {
     })
 }
 
-pub fn kill_job(context: u32, fence: u64) -> Vec<u8> {
+pub(crate) fn kill_job(context: u32, fence: u64) -> Vec<u8> {
     command(control::Opcode::KillJob, |header| control::KillJob {
         header,
         context: U32::new(context),
@@ -480,14 +486,22 @@ pub fn kill_job(context: u32, fence: u64) -> Vec<u8> {
     })
 }
 
-pub fn copy(runs: &[CopyRun]) -> Vec<u8> {
+pub(crate) fn copy(runs: &[CopyRun]) -> Vec<u8> {
     let length = 8 + size_of_val(runs);
-    let mut bytes = header(submit::Opcode::Copy.raw(), length).as_bytes().to_vec();
+    let mut bytes = header(submit::Opcode::Copy.raw(), length)
+        .as_bytes()
+        .to_vec();
     bytes.extend_from_slice(runs.as_bytes());
     bytes
 }
 
-pub fn launch(context: u32, fence: u64, kernel: Kernel, arguments: &[u64], waves: u32) -> Vec<u8> {
+pub(crate) fn launch(
+    context: u32,
+    fence: u64,
+    kernel: Kernel,
+    arguments: &[u64],
+    waves: u32,
+) -> Vec<u8> {
     let argument = |index| U64::new(arguments.get(index).copied().unwrap_or(0));
     let launch = Launch {
         header: header(submit::Opcode::Launch.raw(), size_of::<Launch>()),

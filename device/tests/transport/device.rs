@@ -80,6 +80,15 @@ impl Device {
             .unwrap_or_else(|| panic!("no {name}"))
     }
 
+    /// Waits until a counter of the transport has reached `value`.
+    pub(crate) fn wait_for_transport_stat(&self, name: &str, value: u64) {
+        let start = Instant::now();
+        while self.transport_stat(name) < value {
+            assert!(start.elapsed() < DEADLINE, "{name} does not reach {value}");
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).expect("a signal can be sent");

@@ -46,14 +46,6 @@ fn start_work(guest: &mut Guest) {
     }
 }
 
-fn wait_for_resets(device: &Device, count: u64) {
-    let start = Instant::now();
-    while device.transport_stat("resets") < count {
-        assert!(start.elapsed() < DEADLINE, "the GPU is not reset");
-        thread::sleep(Duration::from_millis(2));
-    }
-}
-
 #[test]
 fn reset_in_the_middle_of_work_makes_the_gpu_as_new() {
     let device = Device::start();
@@ -127,7 +119,7 @@ fn front_end_that_disconnects_in_the_middle_leaves_a_new_gpu_to_the_next() {
         guest.control_ok(&nop());
         start_work(&mut guest);
         drop(guest);
-        wait_for_resets(&device, round);
+        device.wait_for_transport_stat("resets", round);
     }
     let mut guest = Guest::boot(&device);
     assert_eq!(
@@ -147,7 +139,7 @@ fn front_ends_one_after_the_other_leak_nothing() {
         let mut guest = Guest::boot(&device);
         guest.control_ok(&nop());
         drop(guest);
-        wait_for_resets(&device, round);
+        device.wait_for_transport_stat("resets", round);
     };
     serve(1);
     let before = device.open_files();

@@ -282,7 +282,8 @@ fn fault_without_a_buffer_is_told_when_there_is_one() {
     assert_eq!(kind(&event), Some(EventKind::Error));
     let error = ErrorEvent::read_from_bytes(&event).unwrap();
     assert_eq!(error.code.get(), ErrorCode::FaultOverflow.raw());
-    // Nothing is lost: the wave faults again at a replay.
+    // Nothing is lost: the wave faults again at a replay, and now there is a buffer for it.
+    device.wait_for_transport_stat("event_buffers", 2);
     guest.replay(1, 0);
     assert_eq!(guest.fault().page, GpuVa::new(0x1000));
 }
