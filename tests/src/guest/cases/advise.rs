@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Advice: what each kind does when the GPU faults, and what QUERY says of it.
+
+use crate::guest::{
+    call::Job,
+    oracle,
+    place::{count, ensure_place, move_all, state},
+    sys::{Backing, Region},
+};
+use anyhow::{Result, ensure};
+use farfault::{Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place};
+use rustix::io::Errno;
+
+group! { advise, gpus 1, seconds 60:
+    default_moves_the_page_that_faulted,
+    prefer_gpu_moves_all_of_the_range_in_the_same_2_mib,
+    prefer_cpu_brings_the_page_to_ram_and_maps_it_there,
+    map_only_maps_the_page_where_it_is,
+    advice_alone_moves_nothing,
+    advice_of_parts_is_shown_page_by_page,
+    advice_survives_munmap_and_ends_with_the_descriptor,
+    too_many_ranges_are_enospc_and_do_no_harm,
+}
+
+const SEED: u64 = 0xad;
+const PAGES: usize = 64;
+
+fn written(length: usize, backing: Backing<'_>) -> Result<Region> {
+    let region = Region::map(length, backing)?;
+    oracle::write(region, SEED);
+    Ok(region)
+}
+
+fn page(region: Region, index: usize) -> Region {
+    region.part(index * PAGE_SIZE, PAGE_SIZE)
+}
+
+fn default_moves_the_page_that_faulted() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = written(PAGES * PAGE_SIZE, Backing::Small)?;
+    gpu.advise(region.pages(), Advice::PreferCpu)?;
+    gpu.advise(region.pages(), Advice::Default)?;
+    Job::add(page(region, 9), 0).run(&gpu)?;
+    ensure!(count(&gpu, region, Place::Vram)? == 1);
+    ensure_place(&gpu, page(region, 9), Place::Vram)
+}
+
+fn prefer_gpu_moves_all_of_the_range_in_the_same_2_mib() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = written(2 * HUGE_PAGE_SIZE, Backing::Small)?;
+    // From the middle of the first 2 MiB to the middle of the second.
+    let advised = region.part(HUGE_PAGE_SIZE / 2, HUGE_PAGE_SIZE);
+    gpu.advise(advised.pages(), Advice::PreferGpu)?;
+    Job::add(page(advised, 0), 0).run(&gpu)?;
+    ensure_place(&gpu, advised.part(0, HUGE_PAGE_SIZE / 2), Place::Vram)?;
+    ensure!(count(&gpu, region, Place::Vram)? == 256);
+    let faults = gpu.stats()?.gpu_faults;
+    Job::add(advised.part(0, HUGE_PAGE_SIZE / 2), 0)
+        .waves(4)
+        .run(&gpu)?;
+    ensure!(
+        gpu.stats()?.gpu_faults == faults,
+        "what was moved was not mapped"
+    );
+    oracle::check(region, SEED, 0)
+}
+
+fn prefer_cpu_brings_the_page_to_ram_and_maps_it_there() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    for backing in [Backing::Small, Backing::Huge] {
+        let region = written(HUGE_PAGE_SIZE, backing)?;
+        move_all(&gpu, region, Place::Vram)?;
+        gpu.advise(region.pages(), Advice::PreferCpu)?;
+        Job::add(region, 1).waves(4).run(&gpu)?;
+        ensure_place(&gpu, region, Place::Ram)?;
+        let touched = state(&gpu, region, 3)?;
+        ensure!(
+            touched.gpu.place == Place::Ram && touched.gpu.write,
+            "{touched:?}"
+        );
+        oracle::check(region, SEED, 1)?;
+    }
+    Ok(())
+}
+
+fn map_only_maps_the_page_where_it_is() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    for backing in [Backing::Small, Backing::Huge] {
+        for place in [Place::Ram, Place::Vram] {
+            let region = written(HUGE_PAGE_SIZE, backing)?;
+            move_all(&gpu, region, place)?;
+            gpu.advise(region.pages(), Advice::MapOnly)?;
+            Job::add(region, 1).waves(4).run(&gpu)?;
+            ensure_place(&gpu, region, place)?;
+            let touched = state(&gpu, region, 3)?;
+            ensure!(touched.gpu.place == place, "{touched:?}");
+            oracle::check(region, SEED, 1)?;
+        }
+    }
+    Ok(())
+}
+
+fn advice_alone_moves_nothing() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    for place in [Place::Ram, Place::Vram] {
+        let region = written(PAGES * PAGE_SIZE, Backing::Small)?;
+        move_all(&gpu, region, place)?;
+        for advice in Advice::ALL {
+            gpu.advise(region.pages(), *advice)?;
+            ensure_place(&gpu, region, place)?;
+        }
+    }
+    Ok(())
+}
+
+fn advice_of_parts_is_shown_page_by_page() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(PAGES * PAGE_SIZE, Backing::Small)?;
+    // The oracle: a plain list, to which the same pieces of advice are given.
+    let mut should = [Advice::Default; PAGES];
+    for round in 0..200 {
+        let random = oracle::word(SEED, round) as usize;
+        let (first, length) = (random % PAGES, (random >> 8) % PAGES);
+        let length = length.clamp(1, PAGES - first);
+        let advice = Advice::ALL[(random >> 16) % Advice::ALL.len()];
+        let part = region.part(first * PAGE_SIZE, length * PAGE_SIZE);
+        gpu.advise(part.pages(), advice)?;
+        should[first..first + length].fill(advice);
+        let states = gpu.query(region.pages())?;
+        let is: Vec<_> = states.iter().map(|page| page.advice).collect();
+        ensure!(
+            is == should,
+            "round {round}: {is:?} and should be {should:?}"
+        );
+    }
+    Ok(())
+}
+
+fn advice_survives_munmap_and_ends_with_the_descriptor() -> Result<()> {
+    let region = Region::map(4 * PAGE_SIZE, Backing::Small)?;
+    let gpu = Gpu::open_first()?;
+    let other = Gpu::open_first()?;
+    gpu.advise(region.pages(), Advice::MapOnly)?;
+    region.unmap()?;
+    region.map_again()?;
+    ensure!(state(&gpu, region, 1)?.advice == Advice::MapOnly);
+    ensure!(state(&other, region, 1)?.advice == Advice::Default);
+    drop(gpu);
+    let gpu = Gpu::open_first()?;
+    ensure!(state(&gpu, region, 1)?.advice == Advice::Default);
+    Ok(())
+}
+
+fn too_many_ranges_are_enospc_and_do_no_harm() -> Result<()> {
+    const TRIES: usize = 1 << 16;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(2 * TRIES * PAGE_SIZE, Backing::Small)?;
+    let refused = (0..TRIES).find_map(|index| {
+        let every_other = page(region, 2 * index);
+        let error = gpu.advise(every_other.pages(), Advice::MapOnly).err()?;
+        Some((index, error))
+    });
+    let Some((index, error)) = refused else {
+        anyhow::bail!("{TRIES} ranges were accepted");
+    };
+    let farfault::Error::Call { cause, .. } = &error else {
+        anyhow::bail!("{error}");
+    };
+    ensure!(Errno::from_io_error(cause) == Some(Errno::NOSPC), "{error}");
+    ensure!(index > 16, "only {index} ranges");
+    ensure!(state(&gpu, region, 2 * index)?.advice == Advice::Default);
+    ensure!(state(&gpu, region, 2 * index - 2)?.advice == Advice::MapOnly);
+    // One range again: there is room.
+    gpu.advise(region.pages(), Advice::PreferCpu)?;
+    gpu.advise(page(region, 1).pages(), Advice::MapOnly)?;
+    ensure!(state(&gpu, region, 2)?.advice == Advice::PreferCpu);
+    Ok(())
+}

@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Arguments that can't be accessed, calls that do not exist, and system calls that the device does
+//! not have.
+
+use crate::guest::{
+    call::{Call, Job},
+    oracle,
+    sys::{Backing, Protection, Region, call_at},
+};
+use anyhow::{Result, ensure};
+use farfault::{Gpu, PAGE_SIZE, uapi};
+use rustix::io::Errno;
+use std::{
+    fs::OpenOptions,
+    io::{Read, Write},
+    os::unix::fs::FileExt,
+};
+
+group! { bad_pointer, gpus 1, seconds 40:
+    argument_that_cannot_be_accessed_is_efault,
+    argument_that_cannot_be_written_is_efault,
+    argument_that_ends_in_a_hole_is_efault,
+    unknown_calls_are_enotty,
+    calls_of_another_size_or_direction_are_enotty,
+    file_operations_without_meaning_fail,
+    descriptors_opened_for_reading_or_writing_only_do_no_harm,
+}
+
+/// Every call that has an argument: its name, number and size, and whether it is written to.
+const CALLS: [(&str, u32, usize, bool); 8] = [
+    ("INFO", uapi::Info::NUMBER, size_of::<uapi::Info>(), true),
+    (
+        "SUBMIT",
+        uapi::Submit::NUMBER,
+        size_of::<uapi::Submit>(),
+        true,
+    ),
+    ("WAIT", uapi::Wait::NUMBER, size_of::<uapi::Wait>(), true),
+    ("KILL", uapi::Kill::NUMBER, size_of::<uapi::Kill>(), false),
+    (
+        "MIGRATE",
+        uapi::Migrate::NUMBER,
+        size_of::<uapi::Migrate>(),
+        true,
+    ),
+    (
+        "ADVISE",
+        uapi::Advise::NUMBER,
+        size_of::<uapi::Advise>(),
+        false,
+    ),
+    (
+        "QUERY",
+        uapi::Query::NUMBER,
+        size_of::<uapi::Query>(),
+        false,
+    ),
+    ("STATS", uapi::Stats::NUMBER, size_of::<uapi::Stats>(), true),
+];
+
+fn ensure_works(gpu: &Gpu) -> Result<()> {
+    let region = Region::map(PAGE_SIZE, Backing::Small)?;
+    oracle::write(region, 1);
+    Job::add(region, 1).run(gpu)?;
+    oracle::check(region, 1, 1)
+}
+
+fn argument_that_cannot_be_accessed_is_efault() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let inaccessible = Region::map(PAGE_SIZE, Backing::Small)?;
+    inaccessible.protect(Protection::None)?;
+    let addresses = [
+        0,
+        8,
+        Region::nowhere(PAGE_SIZE)?.address(),
+        inaccessible.address(),
+        (1 << 47) - 8,
+        1 << 47,
+        0xffff_8880_0000_0000,
+        u64::MAX - 7,
+    ];
+    for (name, number, ..) in CALLS {
+        for address in addresses {
+            let result = call_at(&gpu, number, address);
+            ensure!(
+                result == Err(Errno::FAULT),
+                "{name} at {address:#x}: {result:?}"
+            );
+        }
+    }
+    ensure_works(&gpu)
+}
+
+fn argument_that_cannot_be_written_is_efault() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let read_only = Region::map(PAGE_SIZE, Backing::Small)?;
+    let arguments = Region::map(PAGE_SIZE, Backing::Small)?;
+    read_only.protect(Protection::Read)?;
+    // INFO and STATS only write.
+    for number in [uapi::Info::NUMBER, uapi::Stats::NUMBER] {
+        let result = call_at(&gpu, number, read_only.address());
+        ensure!(result == Err(Errno::FAULT), "{number:#x}: {result:?}");
+    }
+    // A job of which its owner can't be told: nobody could collect it, so it must not count.
+    read_only.protect(Protection::ReadWrite)?;
+    read_only.store(0, u64::from(farfault::Kernel::Sum.raw()) | 1 << 32);
+    read_only.store(1, arguments.address());
+    read_only.store(2, 8);
+    read_only.protect(Protection::Read)?;
+    for _ in 0..=gpu.info().max_jobs {
+        let result = call_at(&gpu, uapi::Submit::NUMBER, read_only.address());
+        ensure!(result == Err(Errno::FAULT), "SUBMIT: {result:?}");
+    }
+    ensure_works(&gpu)
+}
+
+fn argument_that_ends_in_a_hole_is_efault() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(2 * PAGE_SIZE, Backing::Small)?;
+    region.part(PAGE_SIZE, PAGE_SIZE).unmap()?;
+    let end = region.address() + PAGE_SIZE as u64;
+    for (name, number, size, _) in CALLS {
+        // The last byte, and all but the first one, is not there.
+        for inside in [size as u64 - 1, 1] {
+            let result = call_at(&gpu, number, end - inside);
+            ensure!(
+                result == Err(Errno::FAULT),
+                "{name}, {inside} bytes: {result:?}"
+            );
+        }
+    }
+    ensure_works(&gpu)
+}
+
+fn unknown_calls_are_enotty() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let argument = Region::map(PAGE_SIZE, Backing::Small)?.address();
+    let known: Vec<u32> = CALLS.iter().map(|call| call.1).collect();
+    for number in 0..=0xff {
+        for base in [uapi::IOC_PING & !0xff, uapi::Wait::NUMBER & !0xff] {
+            let call = base | number;
+            if known.contains(&call) || call == uapi::IOC_PING {
+                continue;
+            }
+            let result = call_at(&gpu, call, argument);
+            ensure!(result == Err(Errno::NOTTY), "{call:#x}: {result:?}");
+        }
+    }
+    // Calls of other devices: nothing of ours but the number.
+    for foreign in [b'E', b'G', b'f', 0xfe] {
+        let call = uapi::Info::NUMBER & !0xff00 | u32::from(foreign) << 8;
+        let result = call_at(&gpu, call, argument);
+        ensure!(result == Err(Errno::NOTTY), "{call:#x}: {result:?}");
+    }
+    for call in [0u32, 0xffff_ffff, 0x8000_0000] {
+        let result = call_at(&gpu, call, argument);
+        ensure!(result == Err(Errno::NOTTY), "{call:#x}: {result:?}");
+    }
+    ensure_works(&gpu)
+}
+
+fn calls_of_another_size_or_direction_are_enotty() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let argument = Region::map(4 * PAGE_SIZE, Backing::Small)?.address();
+    for (name, number, size, _) in CALLS {
+        let sizes = [0, 1, size - 8, size - 1, size + 1, size + 8, 0x3fff];
+        let with_size = |size: usize| number & !(0x3fff << 16) | (size as u32) << 16;
+        let with_direction = |direction: u32| number & !(3 << 30) | direction << 30;
+        let calls = sizes.map(with_size).into_iter();
+        for call in calls.chain((0..4).map(with_direction)) {
+            if call == number {
+                continue;
+            }
+            let result = call_at(&gpu, call, argument);
+            ensure!(
+                result == Err(Errno::NOTTY),
+                "{name} as {call:#x}: {result:?}"
+            );
+        }
+    }
+    ensure_works(&gpu)
+}
+
+fn file_operations_without_meaning_fail() -> Result<()> {
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/farfault0")?;
+    ensure!(file.read(&mut [0; 8]).is_err(), "it can be read");
+    ensure!(file.write(&[0; 8]).is_err(), "it can be written");
+    ensure!(
+        file.read_at(&mut [0; 8], 0).is_err(),
+        "it can be read at an offset"
+    );
+    ensure!(file.set_len(1).is_err(), "it can be truncated");
+    ensure!(
+        Region::map(PAGE_SIZE, Backing::File(&file)).is_err(),
+        "it can be mapped"
+    );
+    ensure_works(&Gpu::open_first()?)
+}
+
+fn descriptors_opened_for_reading_or_writing_only_do_no_harm() -> Result<()> {
+    for (read, write) in [(true, false), (false, true)] {
+        let file = OpenOptions::new()
+            .read(read)
+            .write(write)
+            .open("/dev/farfault0")?;
+        // Whether they can be used is not said; that they don't break anything is.
+        let _ = call_at(&file, uapi::IOC_PING, 0);
+    }
+    ensure_works(&Gpu::open_first()?)
+}

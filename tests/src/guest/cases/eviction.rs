@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! More data than VRAM.
+
+use crate::guest::{
+    VRAM,
+    call::Job,
+    oracle,
+    place::{count, ensure_place, migrate},
+    sys::{Backing, Region},
+};
+use anyhow::{Result, ensure};
+use farfault::{
+    Gpu, HUGE_PAGE_SIZE, Place,
+    process::{Ended, fork},
+};
+
+group! { eviction, gpus 1, seconds 120:
+    huge_pages_of_twice_the_vram_make_the_round_trip,
+    small_pages_of_twice_the_vram_make_the_round_trip,
+    request_for_more_than_vram_moves_what_fits,
+    block_in_use_stays_while_others_go,
+    several_processes_share_vram_and_keep_their_data,
+    two_descriptors_of_one_process_evict_each_other,
+}
+
+const SEED: u64 = 0xe51c;
+
+/// 64 MiB through 32 MiB of VRAM and back.
+fn round_trip(backing: Backing<'_>) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(2 * VRAM as usize, backing)?;
+    oracle::write(region, SEED);
+    for round in 1..=2 {
+        Job::add(region, 3).waves(8).run(&gpu)?;
+        let sum = Job::sum(region).waves(8).run(&gpu)?;
+        ensure!(
+            sum == oracle::expected_sum(region, SEED, 3 * round),
+            "round {round}"
+        );
+    }
+    let stats = gpu.stats()?;
+    let more_than_fits = region.pages().count() as u64 / 2;
+    ensure!(stats.pages_evicted >= more_than_fits, "{stats:?}");
+    let in_vram = count(&gpu, region, Place::Vram)?;
+    ensure!(in_vram > 0, "nothing is in VRAM after the last job");
+    oracle::check(region, SEED, 6)
+}
+
+fn huge_pages_of_twice_the_vram_make_the_round_trip() -> Result<()> {
+    round_trip(Backing::Huge)
+}
+
+fn small_pages_of_twice_the_vram_make_the_round_trip() -> Result<()> {
+    round_trip(Backing::Small)
+}
+
+fn request_for_more_than_vram_moves_what_fits() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    for backing in [Backing::Huge, Backing::Small] {
+        let region = Region::map(VRAM as usize * 3 / 2, backing)?;
+        oracle::write(region, SEED);
+        let moved = migrate(&gpu, region, Place::Vram)?;
+        ensure!(moved.moved > 0, "{backing:?}: {moved:?}");
+        let in_vram = count(&gpu, region, Place::Vram)? as u64;
+        ensure!(
+            in_vram > 0 && in_vram * 4096 <= VRAM,
+            "{backing:?}: {in_vram}"
+        );
+        let moved = migrate(&gpu, region, Place::Ram)?;
+        ensure!(moved.stayed == 0, "{backing:?}: {moved:?}");
+        oracle::check(region, SEED, 0)?;
+        region.unmap()?;
+    }
+    Ok(())
+}
+
+fn block_in_use_stays_while_others_go() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let blocks = VRAM as usize * 2 / HUGE_PAGE_SIZE;
+    let hot = Region::map(HUGE_PAGE_SIZE, Backing::Huge)?;
+    let cold = Region::map(blocks * HUGE_PAGE_SIZE, Backing::Huge)?;
+    oracle::write(hot, SEED);
+    oracle::write(cold, SEED);
+    let hot_sum = oracle::expected_sum(hot, SEED, 0);
+    ensure!(Job::sum(hot).run(&gpu)? == hot_sum);
+    for block in 0..blocks {
+        ensure_place(&gpu, hot, Place::Vram)
+            .map_err(|error| error.context(format!("after {block} cold blocks")))?;
+        ensure!(Job::sum(hot).run(&gpu)? == hot_sum);
+        Job::sum(cold.part(block * HUGE_PAGE_SIZE, HUGE_PAGE_SIZE)).run(&gpu)?;
+    }
+    let first = cold.part(0, HUGE_PAGE_SIZE);
+    ensure_place(&gpu, first, Place::Ram)?;
+    let last = cold.part((blocks - 1) * HUGE_PAGE_SIZE, HUGE_PAGE_SIZE);
+    ensure_place(&gpu, last, Place::Vram)
+}
+
+fn work(seed: u64, backing: Backing<'_>) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(VRAM as usize / 2, backing)?;
+    oracle::write(region, seed);
+    for round in 1..=2 {
+        Job::add(region, 1).waves(4).run(&gpu)?;
+        let sum = Job::sum(region).waves(4).run(&gpu)?;
+        ensure!(
+            sum == oracle::expected_sum(region, seed, round),
+            "round {round}"
+        );
+    }
+    oracle::check(region, seed, 2)
+}
+
+fn several_processes_share_vram_and_keep_their_data() -> Result<()> {
+    let children = (0..3u64)
+        .map(|index| {
+            fork(move || {
+                let huge = index % 2 == 0;
+                let backing = if huge { Backing::Huge } else { Backing::Small };
+                match work(SEED + index, backing) {
+                    Ok(()) => 0,
+                    Err(error) => {
+                        eprintln!("process {index}: {error:?}");
+                        1
+                    }
+                }
+            })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    for child in children {
+        ensure!(child.wait()? == Ended::Exited(0));
+    }
+    Ok(())
+}
+
+fn two_descriptors_of_one_process_evict_each_other() -> Result<()> {
+    let gpus = [Gpu::open_first()?, Gpu::open_first()?];
+    let regions =
+        [Backing::Huge, Backing::Small].map(|backing| Region::map(VRAM as usize * 3 / 4, backing));
+    for region in &regions {
+        oracle::write((*region)?, SEED);
+    }
+    for round in 0..4u64 {
+        for (gpu, region) in gpus.iter().zip(&regions) {
+            let region = (*region)?;
+            Job::add(region, 1).waves(4).run(gpu)?;
+            let sum = Job::sum(region).waves(4).run(gpu)?;
+            ensure!(
+                sum == oracle::expected_sum(region, SEED, round + 1),
+                "round {round}"
+            );
+        }
+    }
+    for region in regions {
+        oracle::check(region?, SEED, 4)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The life of a job: started, waited for, polled, killed, collected.
+
+use crate::guest::{
+    call::{self, JOB_TIME, Job},
+    oracle,
+    sys::{Backing, Region},
+};
+use anyhow::{Result, ensure};
+use farfault::{Gpu, PAGE_SIZE, uapi::JobStatus};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
+use std::{
+    collections::HashSet,
+    process::Command,
+    sync::{Arc, atomic::AtomicBool},
+    time::{Duration, Instant},
+};
+
+group! { jobs, gpus 1, seconds 60:
+    wait_for_an_endless_job_times_out_when_it_should,
+    wait_for_unknown_jobs_is_enoent,
+    wait_for_any_gives_each_job_once,
+    wait_interrupted_by_a_signal_is_eintr_and_the_job_goes_on,
+    poll_is_ready_while_a_job_is_not_collected,
+    poll_wakes_when_a_job_ends,
+    kill_ends_an_endless_job_and_no_other,
+    kill_of_an_ended_job_changes_nothing,
+    kill_of_unknown_jobs_is_enoent,
+    too_many_uncollected_jobs_are_eagain_until_one_is_collected,
+    endless_jobs_do_not_stop_others,
+    many_jobs_of_many_threads_all_end_well,
+    one_job_waited_for_by_many_threads_is_collected_once,
+    fences_are_never_zero_nor_used_twice,
+}
+
+fn ring() -> Result<Region> {
+    Ok(Region::map(4 * PAGE_SIZE, Backing::Small)?)
+}
+
+fn some_memory() -> Result<Region> {
+    let region = Region::map(4 * PAGE_SIZE, Backing::Small)?;
+    oracle::write(region, 1);
+    Ok(region)
+}
+
+fn killed(gpu: &Gpu, fence: u64) -> Result<()> {
+    call::kill(gpu, fence)?;
+    let end = call::wait(gpu, fence, JOB_TIME)?;
+    call::ensure_status(&end, JobStatus::Killed)
+}
+
+/// Events of the descriptor within a time.
+fn events(gpu: &Gpu, within: Duration) -> Result<PollFlags> {
+    let mut descriptors = [PollFd::new(gpu, PollFlags::IN)];
+    let within = Timespec::try_from(within)?;
+    poll(&mut descriptors, Some(&within))?;
+    Ok(descriptors[0].revents())
+}
+
+fn wait_for_an_endless_job_times_out_when_it_should() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let fence = Job::endless(ring()?).submit(&gpu)?;
+    for name in [fence, 0] {
+        for milliseconds in [0, 1, 300] {
+            let begin = Instant::now();
+            let timeout = Duration::from_millis(milliseconds);
+            let wait = call::wait(&gpu, name, timeout);
+            ensure!(wait == Err(Errno::TIMEDOUT), "{wait:?}");
+            let took = begin.elapsed();
+            ensure!(took >= timeout, "{took:?} of {timeout:?}");
+            ensure!(took < timeout + Duration::from_secs(5), "{took:?}");
+        }
+    }
+    killed(&gpu, fence)
+}
+
+fn wait_for_unknown_jobs_is_enoent() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let other = Gpu::open_first()?;
+    let fence = Job::sum(some_memory()?).submit(&gpu)?;
+    for unknown in [fence + 1, fence + 1000, u64::MAX] {
+        let wait = call::wait(&gpu, unknown, JOB_TIME);
+        ensure!(wait == Err(Errno::NOENT), "{unknown}: {wait:?}");
+    }
+    let of_other = call::wait(&other, fence, JOB_TIME);
+    ensure!(of_other == Err(Errno::NOENT), "{of_other:?}");
+    call::wait(&gpu, fence, JOB_TIME)?;
+    for collected in [fence, 0] {
+        let wait = call::wait(&gpu, collected, JOB_TIME);
+        ensure!(wait == Err(Errno::NOENT), "{collected}: {wait:?}");
+    }
+    Ok(())
+}
+
+fn wait_for_any_gives_each_job_once() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = some_memory()?;
+    let word = region.address();
+    let fences = (0..20)
+        .map(|_| Job::atomic_add(word, 1, 1).submit(&gpu))
+        .collect::<Result<HashSet<_>, _>>()?;
+    let mut collected = HashSet::new();
+    for _ in 0..fences.len() {
+        let end = call::wait(&gpu, 0, JOB_TIME)?;
+        call::ensure_status(&end, JobStatus::Ok)?;
+        ensure!(collected.insert(end.fence), "{} twice", end.fence);
+    }
+    ensure!(collected == fences);
+    ensure!(call::wait(&gpu, 0, JOB_TIME) == Err(Errno::NOENT));
+    ensure!(region.load(0) == oracle::word(1, 0).wrapping_add(20));
+    Ok(())
+}
+
+fn wait_interrupted_by_a_signal_is_eintr_and_the_job_goes_on() -> Result<()> {
+    let signalled = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&signalled))?;
+    let gpu = Gpu::open_first()?;
+    let fence = Job::endless(ring()?).submit(&gpu)?;
+    for name in [fence, 0] {
+        let script = format!("sleep 0.3; kill -USR1 {}", std::process::id());
+        let mut sender = Command::new("/bin/sh").args(["-c", &script]).spawn()?;
+        let begin = Instant::now();
+        let wait = call::wait(&gpu, name, Duration::from_secs(20));
+        ensure!(
+            wait == Err(Errno::INTR),
+            "{wait:?} after {:?}",
+            begin.elapsed()
+        );
+        sender.wait()?;
+    }
+    ensure!(signalled.load(std::sync::atomic::Ordering::SeqCst));
+    ensure!(call::wait(&gpu, fence, Duration::ZERO) == Err(Errno::TIMEDOUT));
+    killed(&gpu, fence)
+}
+
+fn poll_is_ready_while_a_job_is_not_collected() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let now = Duration::ZERO;
+    ensure!(events(&gpu, now)?.is_empty());
+    let endless = Job::endless(ring()?).submit(&gpu)?;
+    ensure!(
+        events(&gpu, now)?.is_empty(),
+        "ready while the only job runs"
+    );
+    let sum = Job::sum(some_memory()?).submit(&gpu)?;
+    ensure!(events(&gpu, JOB_TIME)? == PollFlags::IN);
+    ensure!(
+        events(&gpu, now)? == PollFlags::IN,
+        "looking has changed it"
+    );
+    call::wait(&gpu, sum, now)?;
+    ensure!(events(&gpu, now)?.is_empty(), "ready when all is collected");
+    killed(&gpu, endless)
+}
+
+fn poll_wakes_when_a_job_ends() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let fence = Job::endless(ring()?).submit(&gpu)?;
+    std::thread::scope(|scope| -> Result<()> {
+        let poller = scope.spawn(|| events(&gpu, JOB_TIME));
+        std::thread::sleep(Duration::from_millis(200));
+        ensure!(!poller.is_finished(), "it did not wait");
+        call::kill(&gpu, fence)?;
+        let woken = poller.join().map_err(|_| anyhow::anyhow!("panicked"))??;
+        ensure!(woken == PollFlags::IN, "{woken:?}");
+        Ok(())
+    })?;
+    let end = call::wait(&gpu, fence, Duration::ZERO)?;
+    call::ensure_status(&end, JobStatus::Killed)
+}
+
+fn kill_ends_an_endless_job_and_no_other() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let fences = (0..4)
+        .map(|_| Ok(Job::endless(ring()?).submit(&gpu)?))
+        .collect::<Result<Vec<_>>>()?;
+    for (index, fence) in fences.iter().enumerate() {
+        killed(&gpu, *fence)?;
+        for running in &fences[index + 1..] {
+            let wait = call::wait(&gpu, *running, Duration::ZERO);
+            ensure!(wait == Err(Errno::TIMEDOUT), "{wait:?}");
+        }
+    }
+    Ok(())
+}
+
+fn kill_of_an_ended_job_changes_nothing() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = some_memory()?;
+    let fence = Job::sum(region).submit(&gpu)?;
+    ensure!(events(&gpu, JOB_TIME)? == PollFlags::IN);
+    call::kill(&gpu, fence)?;
+    let end = call::wait(&gpu, fence, JOB_TIME)?;
+    call::ensure_status(&end, JobStatus::Ok)?;
+    ensure!(end.result == oracle::expected_sum(region, 1, 0));
+    Ok(())
+}
+
+fn kill_of_unknown_jobs_is_enoent() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let fence = Job::sum(some_memory()?).submit(&gpu)?;
+    call::wait(&gpu, fence, JOB_TIME)?;
+    for unknown in [0, fence, fence + 1, u64::MAX] {
+        let kill = call::kill(&gpu, unknown);
+        ensure!(kill == Err(Errno::NOENT), "{unknown}: {kill:?}");
+    }
+    Ok(())
+}
+
+fn too_many_uncollected_jobs_are_eagain_until_one_is_collected() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let job = Job::sum(some_memory()?);
+    let most = gpu.info().max_jobs as usize;
+    let submit_all = |count: usize| -> Result<Vec<u64>> {
+        let mut fences = Vec::new();
+        let deadline = Instant::now() + JOB_TIME;
+        while fences.len() < count {
+            match job.submit(&gpu) {
+                Ok(fence) => fences.push(fence),
+                // The GPU itself may have no room for a while, until jobs have ended.
+                Err(Errno::AGAIN) => std::thread::sleep(Duration::from_millis(1)),
+                Err(errno) => anyhow::bail!("SUBMIT: {errno:?}"),
+            }
+            ensure!(Instant::now() < deadline, "only {} of {most}", fences.len());
+        }
+        Ok(fences)
+    };
+    let fences = submit_all(most)?;
+    ensure!(job.submit(&gpu) == Err(Errno::AGAIN));
+    call::wait(&gpu, fences[0], JOB_TIME)?;
+    let last = submit_all(1)?;
+    ensure!(job.submit(&gpu) == Err(Errno::AGAIN));
+    for fence in fences[1..].iter().chain(&last) {
+        let end = call::wait(&gpu, *fence, JOB_TIME)?;
+        call::ensure_status(&end, JobStatus::Ok)?;
+    }
+    job.run(&gpu).map(drop)
+}
+
+fn endless_jobs_do_not_stop_others() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let endless = (0..8)
+        .map(|_| Ok(Job::endless(ring()?).submit(&gpu)?))
+        .collect::<Result<Vec<_>>>()?;
+    let region = some_memory()?;
+    for round in 1..=10 {
+        Job::add(region, 1).run(&gpu)?;
+        oracle::check(region, 1, round)?;
+    }
+    endless
+        .into_iter()
+        .try_for_each(|fence| killed(&gpu, fence))
+}
+
+fn many_jobs_of_many_threads_all_end_well() -> Result<()> {
+    const THREADS: u64 = 6;
+    const JOBS: u64 = 40;
+    let gpu = Gpu::open_first()?;
+    let shared = Region::map(PAGE_SIZE, Backing::Small)?;
+    std::thread::scope(|scope| -> Result<()> {
+        let threads: Vec<_> = (0..THREADS)
+            .map(|_| {
+                let gpu = &gpu;
+                scope.spawn(move || -> Result<()> {
+                    let own = some_memory()?;
+                    for round in 1..=JOBS {
+                        let count = Job::atomic_add(shared.address(), 1, 2);
+                        let count = count.waves(4).submit(gpu)?;
+                        Job::add(own, 1).waves(2).run(gpu)?;
+                        if round % 8 == 0 {
+                            oracle::check(own, 1, round)?;
+                        }
+                        let end = call::wait(gpu, count, JOB_TIME)?;
+                        call::ensure_status(&end, JobStatus::Ok)?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        for thread in threads {
+            thread.join().map_err(|_| anyhow::anyhow!("panicked"))??;
+        }
+        Ok(())
+    })?;
+    ensure!(shared.load(0) == THREADS * JOBS * 8, "{}", shared.load(0));
+    Ok(())
+}
+
+fn one_job_waited_for_by_many_threads_is_collected_once() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let fence = Job::endless(ring()?).submit(&gpu)?;
+    let results = std::thread::scope(|scope| {
+        let waiters: Vec<_> = (0..4)
+            .map(|_| scope.spawn(|| call::wait(&gpu, fence, JOB_TIME)))
+            .collect();
+        std::thread::sleep(Duration::from_millis(200));
+        let killed = call::kill(&gpu, fence);
+        let results: Vec<_> = waiters.into_iter().map(|waiter| waiter.join()).collect();
+        killed.map(|()| results)
+    })?;
+    let (mut collected, mut missed) = (0, 0);
+    for result in results {
+        match result.map_err(|_| anyhow::anyhow!("panicked"))? {
+            Ok(end) => {
+                call::ensure_status(&end, JobStatus::Killed)?;
+                collected += 1;
+            }
+            Err(Errno::NOENT) => missed += 1,
+            Err(errno) => anyhow::bail!("WAIT: {errno:?}"),
+        }
+    }
+    ensure!((collected, missed) == (1, 3));
+    Ok(())
+}
+
+fn fences_are_never_zero_nor_used_twice() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let job = Job::sum(some_memory()?.part(0, 0));
+    let mut seen = HashSet::from([0]);
+    for _ in 0..500 {
+        let fence = job.submit(&gpu)?;
+        ensure!(seen.insert(fence), "{fence} again");
+        call::wait(&gpu, fence, JOB_TIME)?;
+    }
+    Ok(())
+}

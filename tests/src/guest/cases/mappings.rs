@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Memory that does not move: files, shared memory, the pool of huge pages. The GPU works on it where
+//! it is.
+
+use crate::guest::{
+    call::Job,
+    oracle,
+    place::{count, migrate},
+    sys::{Backing, Protection, Region},
+};
+use anyhow::{Context, Result, ensure};
+use farfault::{Gpu, HUGE_PAGE_SIZE, Place};
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+};
+
+group! { mappings, gpus 1, seconds 60:
+    shared_anonymous_memory_is_used_where_it_is,
+    shared_file_written_by_the_gpu_has_it_in_the_file,
+    private_file_written_by_the_gpu_leaves_the_file_alone,
+    read_only_private_file_is_read_where_it_is,
+    one_file_mapped_twice_has_one_content,
+    huge_page_of_the_pool_is_used_where_it_is,
+}
+
+const SEED: u64 = 0x3a99;
+const LENGTH: usize = 1 << 20;
+
+/// A file of a seed's words.
+fn file() -> Result<File> {
+    let file = File::from(memfd_create("farfault-test", MemfdFlags::CLOEXEC)?);
+    let words = (0..LENGTH / 8).flat_map(|index| oracle::word(SEED, index).to_le_bytes());
+    file.write_all_at(&words.collect::<Vec<_>>(), 0)?;
+    Ok(file)
+}
+
+/// `read` of the file gives a seed's words with `added` to each.
+fn ensure_file(file: &File, added: u64) -> Result<()> {
+    let mut bytes = vec![0; LENGTH];
+    file.read_exact_at(&mut bytes, 0)?;
+    for (index, bytes) in bytes.chunks_exact(8).enumerate() {
+        let should = oracle::word(SEED, index).wrapping_add(added);
+        ensure!(*bytes == should.to_le_bytes(), "word {index} of the file");
+    }
+    Ok(())
+}
+
+/// The GPU reads what the CPU wrote, writes, reads that, and nothing ever moves to VRAM.
+fn ensure_used_in_place(gpu: &Gpu, region: Region, seed: u64) -> Result<()> {
+    for round in 0..3 {
+        let sum = Job::sum(region).waves(4).run(gpu)?;
+        ensure!(
+            sum == oracle::expected_sum(region, seed, round),
+            "round {round}"
+        );
+        Job::add(region, 1).waves(4).run(gpu)?;
+        let moved = migrate(gpu, region, Place::Vram)?;
+        ensure!(moved.moved == 0 && moved.there == 0, "{moved:?}");
+        ensure!(count(gpu, region, Place::Vram)? == 0);
+    }
+    oracle::check(region, seed, 3)?;
+    ensure!(gpu.stats()?.pages_to_vram == 0);
+    Ok(())
+}
+
+fn shared_anonymous_memory_is_used_where_it_is() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(LENGTH, Backing::Shared)?;
+    oracle::write(region, SEED);
+    ensure_used_in_place(&gpu, region, SEED)
+}
+
+fn shared_file_written_by_the_gpu_has_it_in_the_file() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let file = file()?;
+    let region = Region::map(LENGTH, Backing::File(&file))?;
+    ensure_used_in_place(&gpu, region, SEED)?;
+    ensure_file(&file, 3)?;
+    // And what is written to the file, the GPU sees.
+    file.write_all_at(&[0; LENGTH], 0)?;
+    ensure!(Job::sum(region).waves(4).run(&gpu)? == 0);
+    Ok(())
+}
+
+fn private_file_written_by_the_gpu_leaves_the_file_alone() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let file = file()?;
+    let region = Region::map(LENGTH, Backing::FilePrivate(&file))?;
+    for round in 0..3 {
+        let sum = Job::sum(region).waves(4).run(&gpu)?;
+        ensure!(
+            sum == oracle::expected_sum(region, SEED, round),
+            "round {round}"
+        );
+        Job::add(region, 1).waves(4).run(&gpu)?;
+        // Pages of its own, copied on write, may move; the data is the same.
+        migrate(&gpu, region, Place::Vram)?;
+    }
+    oracle::check(region, SEED, 3)?;
+    ensure_file(&file, 0)
+}
+
+fn read_only_private_file_is_read_where_it_is() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let file = file()?;
+    let region = Region::map(LENGTH, Backing::FilePrivate(&file))?;
+    region.protect(Protection::Read)?;
+    let sum = Job::sum(region).waves(4).run(&gpu)?;
+    ensure!(sum == oracle::expected_sum(region, SEED, 0));
+    let moved = migrate(&gpu, region, Place::Vram)?;
+    ensure!(moved.moved == 0, "{moved:?}");
+    Job::fill(region, 0).fails_at(&gpu, region.address(), farfault::Access::Write)?;
+    oracle::check(region, SEED, 0)
+}
+
+fn one_file_mapped_twice_has_one_content() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let file = file()?;
+    let one = Region::map(LENGTH, Backing::File(&file))?;
+    let other = Region::map(LENGTH, Backing::File(&file))?;
+    Job::add(one, 4).waves(4).run(&gpu)?;
+    let sum = Job::sum(other).waves(4).run(&gpu)?;
+    ensure!(sum == oracle::expected_sum(other, SEED, 4));
+    Job::add(other, 4).waves(4).run(&gpu)?;
+    oracle::check(one, SEED, 8)
+}
+
+fn huge_page_of_the_pool_is_used_where_it_is() -> Result<()> {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+    let before = fs::read_to_string(POOL).context("the guest's kernel has no hugetlb")?;
+    fs::write(POOL, "2")?;
+    let result = (|| {
+        let gpu = Gpu::open_first()?;
+        let region = Region::map(2 * HUGE_PAGE_SIZE, Backing::HugeTlb)?;
+        oracle::write(region, SEED);
+        ensure_used_in_place(&gpu, region, SEED)?;
+        drop(gpu);
+        Ok(region.unmap()?)
+    })();
+    fs::write(POOL, before.trim())?;
+    result
+}

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The cases, a file for each group.
+
+mod advise;
+mod bad_argument;
+mod bad_memory;
+mod bad_pointer;
+mod eviction;
+mod faults;
+mod fork;
+mod jobs;
+mod mappings;
+mod migrate;
+mod owner;
+mod process;
+mod smoke;
+mod two_gpus;
+mod unmap;
+
+use super::Case;
+
+/// All groups.
+pub(super) const GROUPS: &[&[Case]] = &[
+    smoke::CASES,
+    faults::CASES,
+    bad_memory::CASES,
+    migrate::CASES,
+    mappings::CASES,
+    unmap::CASES,
+    advise::CASES,
+    eviction::CASES,
+    fork::CASES,
+    process::CASES,
+    owner::CASES,
+    jobs::CASES,
+    bad_argument::CASES,
+    bad_pointer::CASES,
+    two_gpus::CASES,
+];

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Processes that end: by exit, exec or SIGKILL, with pages in VRAM, jobs that run, faults and
+//! migrations on their way. They end in time, and leave a GPU that works with all of its VRAM.
+
+use crate::guest::{
+    VRAM,
+    call::{self, Job},
+    oracle,
+    place::move_all,
+    programs,
+    sys::{Backing, Region},
+};
+use anyhow::{Context, Result, bail, ensure};
+use farfault::{Gpu, HUGE_PAGE_SIZE, Place, uapi::JobStatus};
+use std::{
+    fs,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+group! { process, gpus 1, seconds 90:
+    exit_with_pages_in_vram_gives_it_all_back,
+    exit_with_an_endless_job_ends_in_time,
+    exec_with_pages_in_vram_gives_it_all_back,
+    close_with_an_endless_job_ends_in_time,
+    close_with_pages_in_vram_leaves_the_data,
+    kill_during_faults_ends_in_time,
+    kill_during_migration_ends_in_time,
+    kill_during_eviction_ends_in_time,
+    reopening_many_times_works,
+}
+
+const SEED: u64 = 0xe817;
+const END: Duration = Duration::from_secs(20);
+
+/// Starts a program of ours, as a process of its own.
+fn start(program: &str) -> Result<std::process::Child> {
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg(program)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    Ok(command.spawn()?)
+}
+
+/// Waits for the end of a process, but not for ever.
+fn end_of(child: &mut std::process::Child) -> Result<std::process::ExitStatus> {
+    let deadline = Instant::now() + END;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if Instant::now() >= deadline {
+            let stack = fs::read_to_string(format!("/proc/{}/stack", child.id()));
+            bail!("the process has not ended in {END:?}; it is at {stack:?}");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A GPU on which nobody else works: most of its VRAM can be had without eviction.
+fn ensure_gpu_is_well() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(VRAM as usize * 3 / 4, Backing::Huge)?;
+    for block in 0..region.length() / HUGE_PAGE_SIZE {
+        region.store(block * HUGE_PAGE_SIZE / 8, block as u64);
+    }
+    Job::add(region, 1).waves(8).run(&gpu)?;
+    let stats = gpu.stats()?;
+    ensure!(
+        stats.pages_evicted == 0,
+        "somebody else's pages are in VRAM: {stats:?}"
+    );
+    ensure!(region.load(HUGE_PAGE_SIZE / 8) == 2);
+    Ok(region.unmap()?)
+}
+
+fn run_to_end(program: &str) -> Result<()> {
+    let mut child = start(program)?;
+    let status = end_of(&mut child)?;
+    ensure!(status.success(), "{program}: {status}");
+    Ok(())
+}
+
+fn exit_with_pages_in_vram_gives_it_all_back() -> Result<()> {
+    for _ in 0..4 {
+        run_to_end(programs::EXIT_WITH_PAGES)?;
+        ensure_gpu_is_well()?;
+    }
+    Ok(())
+}
+
+fn exit_with_an_endless_job_ends_in_time() -> Result<()> {
+    for _ in 0..4 {
+        run_to_end(programs::EXIT_WITH_JOB)?;
+        ensure_gpu_is_well()?;
+    }
+    Ok(())
+}
+
+fn exec_with_pages_in_vram_gives_it_all_back() -> Result<()> {
+    for _ in 0..4 {
+        run_to_end(programs::EXEC_WITH_PAGES)?;
+        ensure_gpu_is_well()?;
+    }
+    Ok(())
+}
+
+fn close_with_an_endless_job_ends_in_time() -> Result<()> {
+    let ring = Region::map(8 * HUGE_PAGE_SIZE, Backing::Huge)?;
+    for _ in 0..4 {
+        let gpu = Gpu::open_first()?;
+        Job::endless(ring).submit(&gpu)?;
+        let begin = Instant::now();
+        drop(gpu);
+        ensure!(begin.elapsed() < END, "it took {:?}", begin.elapsed());
+    }
+    Ok(())
+}
+
+fn close_with_pages_in_vram_leaves_the_data() -> Result<()> {
+    for backing in [Backing::Small, Backing::Huge] {
+        let gpu = Gpu::open_first()?;
+        let region = Region::map(2 * HUGE_PAGE_SIZE, backing)?;
+        oracle::write(region, SEED);
+        move_all(&gpu, region, Place::Vram)?;
+        Job::add(region, 1).waves(4).run(&gpu)?;
+        drop(gpu);
+        // One half by the CPU, one half by another descriptor.
+        oracle::check_part(region.part(0, HUGE_PAGE_SIZE), SEED, 0, 1)?;
+        let gpu = Gpu::open_first()?;
+        let other = region.part(HUGE_PAGE_SIZE, HUGE_PAGE_SIZE);
+        let first = HUGE_PAGE_SIZE / 8;
+        Job::add(other, 1).waves(4).run(&gpu)?;
+        drop(gpu);
+        oracle::check_part(other, SEED, first, 2)?;
+    }
+    Ok(())
+}
+
+/// Kills a program of ours at several moments of its work.
+fn kill_during(program: &str) -> Result<()> {
+    for round in 0..8 {
+        let mut child = start(program)?;
+        // From before it has opened the GPU to long after.
+        let wait = 5 + oracle::word(SEED, round) % (40 * (round as u64 + 1));
+        std::thread::sleep(Duration::from_millis(wait));
+        ensure!(child.try_wait()?.is_none(), "{program} has ended by itself");
+        child.kill()?;
+        end_of(&mut child).with_context(|| format!("killed after {wait} ms"))?;
+    }
+    ensure_gpu_is_well()
+}
+
+fn kill_during_faults_ends_in_time() -> Result<()> {
+    kill_during(programs::FAULT_FOR_EVER)
+}
+
+fn kill_during_migration_ends_in_time() -> Result<()> {
+    kill_during(programs::MIGRATE_FOR_EVER)
+}
+
+fn kill_during_eviction_ends_in_time() -> Result<()> {
+    kill_during(programs::EVICT_FOR_EVER)
+}
+
+fn reopening_many_times_works() -> Result<()> {
+    let region = Region::map(HUGE_PAGE_SIZE, Backing::Small)?;
+    oracle::write(region, SEED);
+    for round in 0..50 {
+        let gpu = Gpu::open_first()?;
+        let part = region.part(round * 8 * 4096, 8 * 4096);
+        let end = Job::add(part, 1).end(&gpu)?;
+        call::ensure_status(&end, JobStatus::Ok)?;
+    }
+    oracle::check_part(region.part(0, 50 * 8 * 4096), SEED, 0, 1)
+}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What runs in the VM: each case is a run of `farfault-guest-tests` with its name, and passes if
+//! that exits with 0. Of an error it says all on standard error.
+//!
+//! Cases know the device node and nothing of the host. Programs are helpers for cases of the host:
+//! they say on standard output how far they are, and wait for a line of standard input to go on.
+
+/// Functions of a module as its cases; `seconds` and `gpus` hold for all of them.
+macro_rules! group {
+    ($group:ident, gpus $gpus:literal, seconds $seconds:literal: $($case:ident,)*) => {
+        /// The cases of this group.
+        pub(in crate::guest) const CASES: &[crate::guest::Case] = &[$(crate::guest::Case {
+            name: concat!(stringify!($group), "::", stringify!($case)),
+            gpus: $gpus,
+            seconds: $seconds,
+            run: $case,
+        },)*];
+    };
+}
+
+mod call;
+mod cases;
+mod oracle;
+mod place;
+pub mod programs;
+mod sys;
+
+use std::process::ExitCode;
+
+/// The name under which this is installed in the guest.
+pub const PROGRAM: &str = "farfault-guest-tests";
+/// VRAM of each GPU that the cases are written for.
+pub const VRAM: u64 = 32 << 20;
+
+/// A test that needs nothing but a guest with a GPU.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// `group::thing_condition_result`.
+    pub name: &'static str,
+    /// How many GPUs it needs.
+    pub gpus: u32,
+    /// How long it may take, on a slow machine.
+    pub seconds: u64,
+    run: fn() -> anyhow::Result<()>,
+}
+
+/// A helper for cases of the host.
+#[derive(Clone, Copy, Debug)]
+pub struct Program {
+    /// Its name.
+    pub name: &'static str,
+    run: fn(&[String]) -> anyhow::Result<()>,
+}
+
+/// All cases.
+pub fn cases() -> impl Iterator<Item = &'static Case> {
+    cases::GROUPS.iter().copied().flatten()
+}
+
+/// All programs.
+pub fn programs() -> impl Iterator<Item = &'static Program> {
+    programs::PROGRAMS.iter()
+}
+
+/// `farfault-guest-tests NAME [ARGUMENT…]` or `farfault-guest-tests --list`.
+pub fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let Some((name, arguments)) = arguments.split_first() else {
+        eprintln!("{PROGRAM}: name a case or a program; --list shows them");
+        return ExitCode::from(2);
+    };
+    if name == "--list" {
+        cases().for_each(|case| println!("{}", case.name));
+        programs().for_each(|program| println!("{}", program.name));
+        return ExitCode::SUCCESS;
+    }
+    let result = if let Some(case) = cases().find(|case| case.name == name) {
+        (case.run)()
+    } else if let Some(program) = programs().find(|program| program.name == name) {
+        (program.run)(arguments)
+    } else {
+        eprintln!("{PROGRAM}: there is no case or program `{name}`; --list shows them");
+        return ExitCode::from(2);
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{name}: {error:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn names_of_cases_and_programs_are_unique() {
+        let names = cases().map(|case| case.name);
+        let names: Vec<_> = names.chain(programs().map(|p| p.name)).collect();
+        let unique: HashSet<_> = names.iter().collect();
+        assert_eq!(unique.len(), names.len());
+    }
+}

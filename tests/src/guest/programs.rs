@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Helpers: processes that cases kill, and processes that hold still while the host looks at the GPU
+//! or takes it away.
+//!
+//! The latter say a word on standard output, and go on when they get a line. What they say is here,
+//! for both sides.
+
+use super::{
+    Program, VRAM,
+    call::{self, Job},
+    oracle,
+    place::{migrate, move_all},
+    sys::{Backing, Region},
+};
+use anyhow::{Context, Result, ensure};
+use farfault::{
+    Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, pagemap,
+    uapi::{self, JobStatus},
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    io,
+    os::unix::process::CommandExt,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+/// Moves pages to VRAM and exits.
+pub(super) const EXIT_WITH_PAGES: &str = "exit-with-pages";
+/// Starts an endless job and exits.
+pub(super) const EXIT_WITH_JOB: &str = "exit-with-job";
+/// Moves pages to VRAM and executes another program.
+pub(super) const EXEC_WITH_PAGES: &str = "exec-with-pages";
+/// GPU and CPU take pages from each other.
+pub(super) const FAULT_FOR_EVER: &str = "fault-for-ever";
+/// Moves pages to VRAM and back.
+pub(super) const MIGRATE_FOR_EVER: &str = "migrate-for-ever";
+/// Works on more than VRAM holds.
+pub(super) const EVICT_FOR_EVER: &str = "evict-for-ever";
+/// Its standard input is somebody else's GPU.
+pub(super) const USE_STDIN: &str = "use-stdin";
+/// Prepares pages in all states, prints a [`Report`] and holds still until it gets a line.
+pub const HOLD_PAGES: &str = "hold-pages";
+/// Has pages in VRAM and no descriptor; checks its data when it gets a line.
+pub const HOLD_CLOSED: &str = "hold-closed";
+/// Has a descriptor and pages in VRAM, and goes on working when it gets a line.
+pub const HOLD_OPEN: &str = "hold-open";
+/// Has a descriptor, pages in VRAM and a job, and expects the GPU to be unbound after [`READY`].
+/// When it gets a line, the GPU is there again.
+pub const LOSE_DRIVER: &str = "lose-driver";
+/// Has a descriptor, and expects the device's process to be dead when it gets a line.
+pub const LOSE_DEVICE: &str = "lose-device";
+
+/// A program says so when the host may act.
+pub const READY: &str = "ready";
+/// A program says so when what the host did had the effect that it should have.
+pub const DONE: &str = "done";
+
+pub(super) const PROGRAMS: &[Program] = &[
+    Program {
+        name: EXIT_WITH_PAGES,
+        run: exit_with_pages,
+    },
+    Program {
+        name: EXIT_WITH_JOB,
+        run: exit_with_job,
+    },
+    Program {
+        name: EXEC_WITH_PAGES,
+        run: exec_with_pages,
+    },
+    Program {
+        name: FAULT_FOR_EVER,
+        run: fault_for_ever,
+    },
+    Program {
+        name: MIGRATE_FOR_EVER,
+        run: migrate_for_ever,
+    },
+    Program {
+        name: EVICT_FOR_EVER,
+        run: evict_for_ever,
+    },
+    Program {
+        name: USE_STDIN,
+        run: use_stdin,
+    },
+    Program {
+        name: HOLD_PAGES,
+        run: hold_pages,
+    },
+    Program {
+        name: HOLD_CLOSED,
+        run: hold_closed,
+    },
+    Program {
+        name: HOLD_OPEN,
+        run: hold_open,
+    },
+    Program {
+        name: LOSE_DRIVER,
+        run: lose_driver,
+    },
+    Program {
+        name: LOSE_DEVICE,
+        run: lose_device,
+    },
+];
+
+/// What a process knows about its pages.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// The number of its address space on the GPU.
+    pub context: u32,
+    /// First and last address that it speaks of, exclusive.
+    pub range: std::ops::Range<u64>,
+    /// Those of these pages that the driver says the GPU has mapped.
+    pub mapped: Vec<MappedPage>,
+    /// Those that the driver says are in VRAM: address, and address in VRAM.
+    pub in_vram: Vec<(u64, u64)>,
+}
+
+/// A page that the GPU has mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MappedPage {
+    /// Its address.
+    pub address: u64,
+    /// Its address in VRAM, if it is there.
+    pub vram: Option<u64>,
+    /// Its frame in RAM by `/proc/self/pagemap`, if it is there.
+    pub frame: Option<u64>,
+    /// The GPU may write.
+    pub write: bool,
+    /// The GPU may do atomics.
+    pub atomic: bool,
+    /// It is part of a huge entry.
+    pub huge: bool,
+}
+
+const SEED: u64 = 0x4019;
+/// The time that the driver gives the device, and some more.
+const DRIVER_LIMIT: Duration = Duration::from_secs(60);
+
+fn say(word: &str) {
+    println!("{word}");
+}
+
+fn wait_for_a_line() -> Result<()> {
+    let mut line = String::new();
+    let length = io::stdin().read_line(&mut line)?;
+    ensure!(length > 0, "standard input ended before a line came");
+    Ok(())
+}
+
+fn written(length: usize, backing: Backing<'_>) -> Result<Region> {
+    let region = Region::map(length, backing)?;
+    oracle::write(region, SEED);
+    Ok(region)
+}
+
+/// A descriptor, and a lot of pages in VRAM.
+fn with_pages() -> Result<(Gpu, Region)> {
+    let gpu = Gpu::open_first()?;
+    let region = written(VRAM as usize / 2, Backing::Huge)?;
+    move_all(&gpu, region, Place::Vram)?;
+    Job::add(region, 1).waves(4).run(&gpu)?;
+    Ok((gpu, region))
+}
+
+fn exit_with_pages(_: &[String]) -> Result<()> {
+    let (_gpu, _) = with_pages()?;
+    // The kernel closes the descriptor, while the memory goes away.
+    std::process::exit(0)
+}
+
+fn exit_with_job(_: &[String]) -> Result<()> {
+    let (gpu, region) = with_pages()?;
+    Job::endless(region).submit(&gpu)?;
+    std::process::exit(0)
+}
+
+fn exec_with_pages(_: &[String]) -> Result<()> {
+    let (gpu, region) = with_pages()?;
+    Job::endless(region).submit(&gpu)?;
+    Err(Command::new("/proc/self/exe").arg("--list").exec().into())
+}
+
+fn fault_for_ever(_: &[String]) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = written(256 * PAGE_SIZE, Backing::Small)?;
+    for added in 1.. {
+        Job::add(region, 1).waves(8).run(&gpu)?;
+        oracle::check(region, SEED, added)?;
+    }
+    Ok(())
+}
+
+fn migrate_for_ever(_: &[String]) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let huge = written(2 * HUGE_PAGE_SIZE, Backing::Huge)?;
+    let small = written(2 * HUGE_PAGE_SIZE, Backing::Small)?;
+    loop {
+        for place in [Place::Vram, Place::Ram] {
+            migrate(&gpu, huge, place)?;
+            migrate(&gpu, small, place)?;
+        }
+    }
+}
+
+fn evict_for_ever(_: &[String]) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let half = VRAM as usize;
+    let regions = [
+        Region::map(half, Backing::Huge)?,
+        Region::map(half, Backing::Small)?,
+    ];
+    loop {
+        for region in regions {
+            Job::add(region, 1).waves(8).run(&gpu)?;
+        }
+    }
+}
+
+fn use_stdin(_: &[String]) -> Result<()> {
+    let region = written(PAGE_SIZE, Backing::Small)?;
+    call::ensure_every_call_fails(io::stdin(), region, Errno::PERM)
+}
+
+/// Pages in all the states that there are, next to each other.
+fn mixed_pages(gpu: &Gpu) -> Result<Region> {
+    const PART: usize = 32 * PAGE_SIZE;
+    let region = Region::map(2 * HUGE_PAGE_SIZE, Backing::Huge)?;
+    // The first 2 MiB are one huge page in VRAM, used by the GPU. The others are small pages.
+    region
+        .part(HUGE_PAGE_SIZE, HUGE_PAGE_SIZE)
+        .pages()
+        .allow_huge(false)?;
+    let huge = region.part(0, HUGE_PAGE_SIZE);
+    oracle::write(huge, SEED);
+    Job::add(huge, 1).run(gpu)?;
+    let part = |index: usize| region.part(HUGE_PAGE_SIZE + index * PART, PART);
+    // Part 0 is never touched; 1 is touched by the CPU only.
+    for index in 1..8 {
+        oracle::write(part(index), SEED);
+    }
+    // 2: on request in VRAM.
+    move_all(gpu, part(2), Place::Vram)?;
+    // 3: used by the GPU, there.
+    Job::add(part(3), 1).run(gpu)?;
+    // 4: the same, every other page then touched by the CPU.
+    Job::add(part(4), 1).run(gpu)?;
+    for page in (0..32).step_by(2) {
+        part(4).store(page * PAGE_SIZE / 8, 1);
+    }
+    // 5: mapped in RAM, to be read.
+    gpu.advise(part(5).pages(), Advice::MapOnly)?;
+    Job::sum(part(5)).run(gpu)?;
+    // 6: mapped in RAM, to be written.
+    gpu.advise(part(6).pages(), Advice::PreferCpu)?;
+    Job::add(part(6), 1).run(gpu)?;
+    // 7: partly in VRAM, and nobody has used it there.
+    move_all(gpu, part(7).part(0, PART / 2), Place::Vram)?;
+    // 8: made by the GPU.
+    Job::fill(part(8), 8).run(gpu)?;
+    Ok(region)
+}
+
+fn hold_pages(_: &[String]) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = mixed_pages(&gpu)?;
+    let pages = region.pages();
+    let states = gpu.query(pages)?;
+    let entries = pagemap::read(pages)?;
+    if let Some(problem) = pagemap::disagreement(pages, &states, &entries) {
+        anyhow::bail!("driver and pagemap disagree: {problem}");
+    }
+    // All of the states are there, or this test would prove less than it says.
+    let places: std::collections::HashSet<_> = states
+        .iter()
+        .map(|page| (page.cpu.place, page.gpu.place))
+        .collect();
+    for expected in [
+        (Place::None, Place::None),
+        (Place::Ram, Place::None),
+        (Place::Ram, Place::Ram),
+        (Place::Vram, Place::Vram),
+    ] {
+        ensure!(
+            places.contains(&expected),
+            "no page is in {expected:?}: {places:?}"
+        );
+    }
+    let address = |index: usize| region.address() + (index * PAGE_SIZE) as u64;
+    let mapped = states.iter().zip(&entries).enumerate();
+    let mapped = mapped.filter(|(_, (state, _))| state.gpu.place != Place::None);
+    let report = Report {
+        context: gpu.info().context,
+        range: region.address()..region.address() + region.length() as u64,
+        mapped: mapped
+            .map(|(index, (state, entry))| MappedPage {
+                address: address(index),
+                vram: state.gpu.vram,
+                frame: entry.frame().filter(|_| state.gpu.place == Place::Ram),
+                write: state.gpu.write,
+                atomic: state.gpu.atomic,
+                huge: state.gpu.huge,
+            })
+            .collect(),
+        in_vram: states
+            .iter()
+            .enumerate()
+            .filter_map(|(index, state)| Some((address(index), state.cpu.vram?)))
+            .collect(),
+    };
+    println!("{}", serde_json::to_string(&report)?);
+    say(READY);
+    wait_for_a_line()?;
+    let after = gpu.query(pages)?;
+    let moved = after
+        .iter()
+        .zip(&states)
+        .position(|(now, then)| (now.cpu.place, now.gpu.place) != (then.cpu.place, then.gpu.place));
+    ensure!(moved.is_none(), "page {moved:?} has moved meanwhile");
+    oracle::check(region.part(0, HUGE_PAGE_SIZE), SEED, 1)
+}
+
+fn hold_closed(_: &[String]) -> Result<()> {
+    let (gpu, region) = with_pages()?;
+    drop(gpu);
+    say(READY);
+    wait_for_a_line()?;
+    oracle::check(region, SEED, 1)?;
+    say(DONE);
+    Ok(())
+}
+
+fn hold_open(_: &[String]) -> Result<()> {
+    let (gpu, region) = with_pages()?;
+    say(READY);
+    wait_for_a_line()?;
+    Job::add(region, 1).waves(4).run(&gpu)?;
+    oracle::check(region, SEED, 2)?;
+    say(DONE);
+    Ok(())
+}
+
+fn lose_driver(_: &[String]) -> Result<()> {
+    let (gpu, region) = with_pages()?;
+    let ring = Region::map(4 * PAGE_SIZE, Backing::Small)?;
+    let fence = Job::endless(ring).submit(&gpu)?;
+    let small = written(64 * PAGE_SIZE, Backing::Small)?;
+    move_all(&gpu, small, Place::Vram)?;
+    say(READY);
+    // Nothing but the unbinding can wake these two.
+    let (polled, waited) = std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| call::wait(&gpu, fence, DRIVER_LIMIT));
+        let mut descriptors = [PollFd::new(&gpu, PollFlags::IN)];
+        let polled = Timespec::try_from(DRIVER_LIMIT)
+            .map_err(anyhow::Error::from)
+            .and_then(|limit| Ok(poll(&mut descriptors, Some(&limit))?))
+            .map(|_| descriptors[0].revents());
+        (polled, waiter.join())
+    });
+    let polled = polled?;
+    ensure!(!polled.is_empty(), "poll did not wake");
+    let waited = waited.map_err(|_| anyhow::anyhow!("the waiter panicked"))?;
+    let ended = |end: uapi::Wait| {
+        let lost = [JobStatus::Killed, JobStatus::DeviceLost].map(JobStatus::raw);
+        lost.contains(&end.status)
+    };
+    ensure!(
+        waited == Err(Errno::NODEV) || waited.is_ok_and(ended),
+        "WAIT gave {waited:?}"
+    );
+    // The unbinding goes on for a while after the first have been woken.
+    let deadline = Instant::now() + DRIVER_LIMIT;
+    while gpu.ping().is_ok() {
+        ensure!(Instant::now() < deadline, "PING is still answered");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    call::ensure_every_call_fails(&gpu, small, Errno::NODEV)?;
+    oracle::check(region, SEED, 1)?;
+    oracle::check(small, SEED, 0)?;
+    say(DONE);
+    wait_for_a_line()?;
+    let new = Gpu::open_first().context("after the GPU was bound again")?;
+    Job::add(region, 1).waves(4).run(&new)?;
+    oracle::check(region, SEED, 2)?;
+    call::ensure_every_call_fails(&gpu, small, Errno::NODEV)
+}
+
+fn lose_device(_: &[String]) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = written(16 * PAGE_SIZE, Backing::Small)?;
+    let fence = Job::endless(Region::map(PAGE_SIZE, Backing::Small)?).submit(&gpu)?;
+    gpu.advise(region.pages(), Advice::MapOnly)?;
+    Job::add(region, 1).run(&gpu)?;
+    say(READY);
+    wait_for_a_line()?;
+    let begin = Instant::now();
+    let running = call::wait(&gpu, fence, DRIVER_LIMIT);
+    let lost = running.is_ok_and(|end| end.status == JobStatus::DeviceLost.raw());
+    ensure!(
+        lost || running == Err(Errno::IO),
+        "WAIT for the running job gave {running:?}"
+    );
+    for (name, result) in call::every_call(&gpu, region) {
+        // INFO, ADVISE, STATS and QUERY may need nothing of the device.
+        let needs_device = ["SUBMIT", "MIGRATE", "PING"].contains(&name);
+        ensure!(
+            !needs_device || result == Err(Errno::IO),
+            "{name} gave {result:?}"
+        );
+    }
+    ensure!(
+        begin.elapsed() < DRIVER_LIMIT,
+        "it took {:?}",
+        begin.elapsed()
+    );
+    // What is in RAM is as it was.
+    oracle::check(region, SEED, 1)?;
+    say(DONE);
+    Ok(())
+}

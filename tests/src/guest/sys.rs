@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Memory at addresses of the tests' own, and calls to the driver with any argument. The one file of
+//! this package with `unsafe`.
+//!
+//! Tests take mappings apart while a GPU uses them, and pass wrong addresses on purpose. No Rust
+//! reference could stay valid through that, so there are none: all such memory lies in one range of
+//! addresses, the arena, that nobody else uses (the kernel gives out addresses from the top of the
+//! address space, the arena is at its bottom), and it is read and
+//! written one atomic word at a time.
+//!
+//! What a wrong call may do is what the tests want to know. A driver that accepts one can damage
+//! this process only: it then ends as a failed test.
+#![allow(
+    unsafe_code,
+    reason = "mmap, its relatives and ioctl; everything above this file is safe code"
+)]
+
+use super::call::Call;
+use farfault::{PAGE_SIZE, Pages};
+use rustix::{
+    io::{self, Errno},
+    ioctl::{Ioctl, IoctlOutput, Opcode, ioctl},
+    mm::{self, MapFlags, MprotectFlags, MremapFlags, ProtFlags},
+};
+use std::{
+    ffi::c_void,
+    fs::File,
+    os::fd::{AsFd, BorrowedFd},
+    ptr::with_exposed_provenance_mut,
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+};
+
+const ARENA: std::ops::Range<usize> = 0x10_0000_0000..0x80_0000_0000;
+/// Regions begin at a multiple of this, and at least so much is free behind each: the kernel can't
+/// merge them, and each can hold huge pages.
+const STEP: usize = farfault::HUGE_PAGE_SIZE;
+
+/// Where the next region goes.
+static NEXT: AtomicUsize = AtomicUsize::new(ARENA.start);
+
+/// What a new region is made of.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Backing<'a> {
+    /// Anonymous and private, in small pages.
+    Small,
+    /// Anonymous and private, in huge pages where the kernel has them.
+    Huge,
+    /// Anonymous and shared.
+    Shared,
+    /// Anonymous and private, of the pool of huge pages.
+    HugeTlb,
+    /// A file, shared.
+    File(&'a File),
+    /// A file, private.
+    FilePrivate(&'a File),
+}
+
+/// What the CPU may do with pages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Protection {
+    None,
+    Read,
+    ReadWrite,
+}
+
+/// A range of whole pages in the arena: an address and a length, whatever is mapped there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Region {
+    address: usize,
+    length: usize,
+}
+
+fn take_addresses(length: usize) -> io::Result<usize> {
+    let step = length.next_multiple_of(STEP) + STEP;
+    let address = NEXT.fetch_add(step, Ordering::Relaxed);
+    if step > ARENA.end - ARENA.start || address > ARENA.end - step {
+        return Err(Errno::NOMEM);
+    }
+    Ok(address)
+}
+
+impl Region {
+    /// Maps new memory of this length, readable and writable.
+    pub(crate) fn map(length: usize, backing: Backing<'_>) -> io::Result<Self> {
+        let length = length.next_multiple_of(PAGE_SIZE);
+        let address = take_addresses(length)?;
+        let at = with_exposed_provenance_mut(address);
+        let fixed = MapFlags::FIXED_NOREPLACE;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let anonymous = |flags| {
+            // SAFETY: Nothing is mapped there, or it fails.
+            unsafe { mm::mmap_anonymous(at, length, access, flags | fixed) }
+        };
+        let of_file = |file: &File, flags| {
+            // SAFETY: As above. The file's content is only used by atomic words.
+            unsafe { mm::mmap(at, length, access, flags | fixed, file, 0) }
+        };
+        let got = match backing {
+            Backing::Small | Backing::Huge => anonymous(MapFlags::PRIVATE),
+            Backing::Shared => anonymous(MapFlags::SHARED),
+            Backing::HugeTlb => anonymous(MapFlags::PRIVATE | MapFlags::HUGETLB),
+            Backing::File(file) => of_file(file, MapFlags::SHARED),
+            Backing::FilePrivate(file) => of_file(file, MapFlags::PRIVATE),
+        }?;
+        if got.addr() != address {
+            return Err(Errno::EXIST);
+        }
+        let region = Self { address, length };
+        if let Backing::Small | Backing::Huge = backing {
+            let huge = matches!(backing, Backing::Huge);
+            let advised = region.pages().allow_huge(huge);
+            advised.map_err(|_| Errno::INVAL)?;
+        }
+        Ok(region)
+    }
+
+    /// Addresses of the arena where nothing is mapped.
+    pub(crate) fn nowhere(length: usize) -> io::Result<Self> {
+        let length = length.next_multiple_of(PAGE_SIZE);
+        let address = take_addresses(length)?;
+        Ok(Self { address, length })
+    }
+
+    /// Some of its pages.
+    ///
+    /// # Panics
+    ///
+    /// They are not pages of it: the test is wrong.
+    pub(crate) fn part(self, offset: usize, length: usize) -> Self {
+        assert!(offset % PAGE_SIZE == 0 && length % PAGE_SIZE == 0);
+        assert!(offset <= self.length && length <= self.length - offset);
+        Self {
+            address: self.address + offset,
+            length,
+        }
+    }
+
+    pub(crate) fn address(self) -> u64 {
+        self.address as u64
+    }
+
+    /// Bytes.
+    pub(crate) fn length(self) -> usize {
+        self.length
+    }
+
+    /// 64-bit words.
+    pub(crate) fn words(self) -> usize {
+        self.length / size_of::<u64>()
+    }
+
+    pub(crate) fn pages(self) -> Pages {
+        Pages::new(self.address..self.address + self.length).expect("regions are whole pages")
+    }
+
+    fn word<T>(self, index: usize, access: impl FnOnce(&AtomicU64) -> T) -> T {
+        assert!(index < self.words(), "word {index} of {}", self.words());
+        let address = self.address + index * size_of::<u64>();
+        // SAFETY: It is aligned, and in the arena, where everybody uses atomic words only; the
+        // reference lives for one access. If nothing is mapped there, the access ends the process
+        // with SIGSEGV, as a wrong test should.
+        access(unsafe { AtomicU64::from_ptr(with_exposed_provenance_mut(address)) })
+    }
+
+    /// Reads a word.
+    pub(crate) fn load(self, index: usize) -> u64 {
+        self.word(index, |word| word.load(Ordering::Relaxed))
+    }
+
+    /// Writes a word.
+    pub(crate) fn store(self, index: usize, value: u64) {
+        self.word(index, |word| word.store(value, Ordering::Relaxed));
+    }
+
+    /// Adds to a word atomically.
+    pub(crate) fn atomic_add(self, index: usize, addend: u64) {
+        self.word(index, |word| word.fetch_add(addend, Ordering::Relaxed));
+    }
+
+    fn pointer(self) -> *mut c_void {
+        with_exposed_provenance_mut(self.address)
+    }
+
+    /// Unmaps it.
+    pub(crate) fn unmap(self) -> io::Result<()> {
+        // SAFETY: The arena's memory is known by address only.
+        unsafe { mm::munmap(self.pointer(), self.length) }
+    }
+
+    /// Maps new anonymous memory where it was unmapped.
+    pub(crate) fn map_again(self) -> io::Result<()> {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: Nothing is mapped there, or it fails.
+        unsafe { mm::mmap_anonymous(self.pointer(), self.length, access, flags) }.map(drop)
+    }
+
+    /// Changes what the CPU may do.
+    pub(crate) fn protect(self, protection: Protection) -> io::Result<()> {
+        let flags = match protection {
+            Protection::None => MprotectFlags::empty(),
+            Protection::Read => MprotectFlags::READ,
+            Protection::ReadWrite => MprotectFlags::READ | MprotectFlags::WRITE,
+        };
+        // SAFETY: As in `unmap`.
+        unsafe { mm::mprotect(self.pointer(), self.length, flags) }
+    }
+
+    /// Throws its content away (`MADV_DONTNEED`).
+    pub(crate) fn discard(self) -> io::Result<()> {
+        // SAFETY: As in `unmap`.
+        unsafe { mm::madvise(self.pointer(), self.length, mm::Advice::LinuxDontNeed) }
+    }
+
+    /// Moves the mapping to new addresses.
+    pub(crate) fn remap(self) -> io::Result<Self> {
+        let address = take_addresses(self.length)?;
+        // Where huge pages stay whole: at the same place in 2 MiB.
+        let address = address + self.address % STEP;
+        let to = with_exposed_provenance_mut(address);
+        let (from, length, flags) = (self.pointer(), self.length, MremapFlags::MAYMOVE);
+        // SAFETY: As in `unmap`; nothing else has ever been at the new addresses.
+        unsafe { mm::mremap_fixed(from, length, length, flags, to) }?;
+        Ok(Self { address, length })
+    }
+}
+
+/// A call whose number and argument are known at run time only.
+struct Raw {
+    number: Opcode,
+    argument: *mut c_void,
+}
+
+// SAFETY: It passes on what it was made of, and gives nothing back.
+unsafe impl Ioctl for Raw {
+    type Output = ();
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        self.number
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        self.argument
+    }
+
+    unsafe fn output_from_ptr(_: IoctlOutput, _: *mut c_void) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A call with an argument of its type. Addresses in it are the arena's, or wrong.
+pub(crate) fn call<T: Call>(gpu: BorrowedFd<'_>, argument: &mut T) -> io::Result<()> {
+    let argument = (&raw mut *argument).cast();
+    let number = T::NUMBER;
+    // SAFETY: The number names the type of the argument; what the call does to other memory, it does
+    // to the arena, as the top of this file explains.
+    unsafe { ioctl(gpu, Raw { number, argument }) }
+}
+
+/// A call with any number, whose argument is said to be at an address: of the arena, or a wrong one.
+pub(crate) fn call_at(gpu: impl AsFd, number: u32, address: u64) -> io::Result<()> {
+    let argument = with_exposed_provenance_mut(address as usize);
+    // SAFETY: As in `call`; the argument itself is in the arena, too, or no memory of ours.
+    unsafe { ioctl(gpu.as_fd(), Raw { number, argument }) }
+}
