@@ -67,7 +67,9 @@ fn c_examples(paths: &Paths, setup: &Setup) -> Result<Vec<PathBuf>> {
     let driver = paths.repository.join("guest-driver");
     let folder = driver.join("lib/examples");
     let output = paths.build().join("c");
+    let log = output.join("log");
     paths::create_dir(&output)?;
+    paths::remove(&log)?;
     let mut programs = Vec::new();
     for source in c_sources(&folder)? {
         let Some(name) = source.file_stem() else {
@@ -79,17 +81,19 @@ fn c_examples(paths: &Paths, setup: &Setup) -> Result<Vec<PathBuf>> {
             .toolbox
             .command("gcc", &folder, &[&paths.repository, &output]);
         gcc.args([
-            "-std=c11", "-Wall", "-Wextra", "-Werror", "-O2", "-static", "-I",
+            "-std=gnu11",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-O2",
+            "-static",
+            "-I",
         ])
         .arg(driver.join("include"))
         .arg("-o")
         .arg(&program)
         .arg(&source);
-        run_logged(
-            gcc,
-            &format!("compiling {}", source.display()),
-            &paths.build().join("c.log"),
-        )?;
+        run_logged(gcc, &format!("compiling {}", source.display()), &log)?;
         step.done();
         programs.push(program);
     }

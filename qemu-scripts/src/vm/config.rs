@@ -65,8 +65,10 @@ impl Config {
             + "\n"
     }
 
-    pub(crate) fn device_arguments(&self, vram: &str) -> Vec<String> {
-        let mut arguments = vec!["--vram".to_owned(), vram.to_owned()];
+    /// The arguments of GPU `index`, without its sockets.
+    pub(crate) fn device_arguments(&self, index: usize, vram: &str) -> Vec<String> {
+        let mut arguments = vec!["--serial".to_owned(), index.to_string()];
+        arguments.extend(["--vram".to_owned(), vram.to_owned()]);
         arguments.extend(self.device_args.iter().cloned());
         arguments
     }

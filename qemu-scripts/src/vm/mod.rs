@@ -102,7 +102,7 @@ impl Vm {
                 device,
                 sockets.path(),
                 index,
-                &config.device_arguments(&config.vram),
+                &config.device_arguments(index, &config.vram),
                 log,
             )?));
         }
@@ -176,7 +176,7 @@ impl Vm {
             ]);
             line.extend(
                 config
-                    .device_arguments(&config.vram)
+                    .device_arguments(index, &config.vram)
                     .into_iter()
                     .map(Into::into),
             );
@@ -293,7 +293,7 @@ impl Vm {
             &self.device,
             self.sockets.path(),
             index,
-            &self.config.device_arguments(vram),
+            &self.config.device_arguments(index, vram),
             log,
         )?;
         let address = json!({"type": "unix", "data": {"path": gpu.socket()}});
@@ -343,15 +343,18 @@ impl Vm {
     /// QEMU refuses, or the guest does not come up.
     pub fn reset(&mut self) -> Result<()> {
         let boots = self.agent.boots();
-        // QEMU was told to end at a reset, so that a panic ends it; this one reset is wanted.
-        self.qmp
-            .execute("set-action", &json!({"reboot": "reset"}))?;
+        // QEMU was told to end at a reset, so that a panic ends it; this one is wanted, and so is the second one that the
+        // firmware makes of it.
+        self.set_reboot_action("reset")?;
         self.qmp.execute("system_reset", &json!({}))?;
+        self.wait_for_boot(boots)?;
+        self.set_reboot_action("shutdown")
+    }
+
+    fn set_reboot_action(&mut self, action: &str) -> Result<()> {
         self.qmp
-            .wait_for_event("RESET", self.config.boot_limit, |_| true)?;
-        self.qmp
-            .execute("set-action", &json!({"reboot": "shutdown"}))?;
-        self.wait_for_boot(boots)
+            .execute("set-action", &json!({"reboot": action}))
+            .map(drop)
     }
 
     /// QEMU's monitor.
