@@ -1,9 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Contexts: an address space each, with what waits in it (manual, section 4.1).
 
-use super::{fault::FaultTable, mmu::Space};
+use super::{
+    fault::{FaultTable, Waiter},
+    mmu::Space,
+};
 use farfault_protocol::address::VramAddr;
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::Bound,
+};
 
 /// Number of engines; [`farfault_protocol::event::Engine`] counts them.
 pub(crate) const ENGINES: usize = 2;
@@ -39,12 +45,16 @@ impl Context {
 
 /// All of them, by number.
 #[derive(Debug, Default)]
-pub(crate) struct Contexts(BTreeMap<u32, Context>);
+pub(crate) struct Contexts {
+    contexts: BTreeMap<u32, Context>,
+    /// The context that a wave with an unreported fault was last taken from.
+    retried: u32,
+}
 
 impl Contexts {
     /// Adds one. Whether the number was free.
     pub(crate) fn create(&mut self, number: u32, root: VramAddr) -> bool {
-        if self.0.contains_key(&number) {
+        if self.contexts.contains_key(&number) {
             return false;
         }
         let context = Context {
@@ -57,24 +67,39 @@ impl Contexts {
             faults: FaultTable::default(),
             fences: BTreeMap::new(),
         };
-        self.0.insert(number, context);
+        self.contexts.insert(number, context);
         true
     }
 
     pub(crate) fn remove(&mut self, number: u32) -> Option<Context> {
-        self.0.remove(&number)
+        self.contexts.remove(&number)
     }
 
     pub(crate) fn get(&self, number: u32) -> Option<&Context> {
-        self.0.get(&number)
+        self.contexts.get(&number)
     }
 
     pub(crate) fn get_mut(&mut self, number: u32) -> Option<&mut Context> {
-        self.0.get_mut(&number)
+        self.contexts.get_mut(&number)
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Context> {
-        self.0.values()
+        self.contexts.values()
+    }
+
+    /// Whether a wave is parked whose fault found no buffer.
+    pub(crate) fn any_unreported(&self) -> bool {
+        self.iter().any(|context| context.faults.unreported() > 0)
+    }
+
+    /// Takes such a wave; the contexts take turns.
+    pub(crate) fn pop_unreported(&mut self) -> Option<Waiter> {
+        let waiting = |(_, context): &(&u32, &Context)| context.faults.unreported() > 0;
+        let after = (Bound::Excluded(self.retried), Bound::Unbounded);
+        let mut turn = self.contexts.range(after).chain(&self.contexts);
+        let (&number, _) = turn.find(waiting)?;
+        self.retried = number;
+        self.get_mut(number)?.faults.pop_unreported()
     }
 
     /// Frees the name of a job that has ended.

@@ -12,7 +12,7 @@ use super::{
     event::header,
     fault::{Record, Waiter},
     flight::{Held, Owner},
-    job::Failure,
+    job::{Failure, Job},
     kernels::{Access, Progress, Step},
     mmu::{Mmu, Space},
     settings::{MAX_PARKED_PER_CALL, WORK_BYTES, WORK_STEPS},
@@ -25,7 +25,10 @@ use farfault_protocol::{
     event::{self, EventKind, FaultCause, FaultEvent},
     pte::Location,
 };
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
 
 /// What runs waves.
 #[derive(Debug)]
@@ -134,7 +137,12 @@ impl Gpu {
             };
             match stepped {
                 Stepped::Issued(work) => return Some(work),
-                Stepped::Idle => idle += 1,
+                Stepped::Idle => {
+                    idle += 1;
+                    if idle == Turn::COUNT && self.retry_unreported() {
+                        idle = 0;
+                    }
+                }
                 Stepped::Parked => {
                     idle = 0;
                     parked += 1;
@@ -313,17 +321,7 @@ impl Gpu {
             else {
                 continue;
             };
-            let mut picked = None;
-            while let (None, Some(id)) = (picked, ready.pop_front()) {
-                let Some(job) = self.jobs.get_mut(&id) else {
-                    continue;
-                };
-                picked = job.ready.pop_front().map(|wave| WaveId { job: id, wave });
-                job.queued = !job.ready.is_empty();
-                if job.queued {
-                    ready.push_back(id);
-                }
-            }
+            let picked = pick_from(ready, &mut self.jobs);
             *queued = !ready.is_empty();
             if *queued {
                 engine.contexts.push_back(number);
@@ -415,6 +413,20 @@ impl Gpu {
         }
     }
 
+    /// Lets as many waves whose fault found no buffer try again as there are buffers now. Whether
+    /// there were any. Each takes its buffer, or does not need it: this comes to an end.
+    fn retry_unreported(&mut self) -> bool {
+        let mut woken = false;
+        for _ in 0..self.events.free_buffers() {
+            let Some(waiter) = self.contexts.pop_unreported() else {
+                break;
+            };
+            self.make_ready(waiter.job, waiter.wave);
+            woken = true;
+        }
+        woken
+    }
+
     /// Makes a job fail: its waves stop, and it ends when nothing of it is in flight.
     pub(super) fn fail_job(&mut self, id: u64, failure: Failure) {
         let Some(job) = self.jobs.get_mut(&id) else {
@@ -446,6 +458,24 @@ impl Gpu {
         }
         self.events.fence(job.fence_event(), &mut self.contexts);
     }
+}
+
+/// The next wave of jobs in turn. Those that have ended, or failed, are dropped on the way.
+fn pick_from(ready: &mut VecDeque<u64>, jobs: &mut BTreeMap<u64, Job>) -> Option<WaveId> {
+    while let Some(id) = ready.pop_front() {
+        let Some(job) = jobs.get_mut(&id) else {
+            continue;
+        };
+        let wave = job.ready.pop_front();
+        job.queued = !job.ready.is_empty();
+        if job.queued {
+            ready.push_back(id);
+        }
+        if let Some(wave) = wave {
+            return Some(WaveId { job: id, wave });
+        }
+    }
+    None
 }
 
 /// Translates what a wave wants, or the first part of it.

@@ -2,8 +2,9 @@
 //! Events, and the buffers that the driver posted for them (manual, chapter 6).
 //!
 //! Who gets a free buffer: fences that wait for one, then the notes that faults were lost or a queue
-//! broken, then new faults, which never wait here: a fault without a buffer is lost and its wave
-//! waits for a replay. So a driver with one buffer still learns everything.
+//! broken, then faults. A fault without a buffer is not kept here; its wave is, and faults again.
+//! Between two notes that faults were lost there is a fault, or the notes could take each buffer
+//! that the driver posts. So a driver with a single buffer still learns everything.
 
 use super::context::Contexts;
 use farfault_protocol::{
@@ -48,6 +49,8 @@ pub(crate) struct Events {
     fences: VecDeque<FenceEvent>,
     /// Faults that found no buffer since the last note about it.
     lost_faults: u64,
+    /// Whether a fault found a buffer since then.
+    fault_since_note: bool,
     /// Queues, by index, with a broken chain that was not reported yet.
     bad_queues: [bool; queue::COUNT as usize],
     next_sequence: u64,
@@ -61,6 +64,7 @@ impl Default for Events {
             outbox: VecDeque::new(),
             fences: VecDeque::new(),
             lost_faults: 0,
+            fault_since_note: true,
             bad_queues: Default::default(),
             next_sequence: 1,
             stats: EventStats::default(),
@@ -91,6 +95,7 @@ impl Events {
         event.sequence = U64::new(sequence);
         self.push(Some(event.header.context.get()), event.as_bytes());
         self.stats.faults += 1;
+        self.fault_since_note = true;
         Some(sequence)
     }
 
@@ -146,7 +151,8 @@ impl Events {
                 self.stats.fences += 1;
             }
         }
-        if self.lost_faults > 0 && self.take_credit() {
+        if self.lost_faults > 0 && self.fault_since_note && self.take_credit() {
+            self.fault_since_note = false;
             let lost = std::mem::take(&mut self.lost_faults);
             self.error(ErrorCode::FaultOverflow, lost);
         }

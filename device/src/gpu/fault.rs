@@ -9,7 +9,7 @@ use farfault_protocol::{
     address::GpuVa,
     event::{Access, Engine, FaultCause},
 };
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 /// A wave that is parked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub(crate) struct FaultTable {
     /// Sequence numbers of the records of a page: one for each access at most.
     by_page: HashMap<GpuVa, Vec<u64>>,
     /// Waves whose fault found no buffer.
-    unreported: Vec<Waiter>,
+    unreported: VecDeque<Waiter>,
 }
 
 impl FaultTable {
@@ -68,13 +68,18 @@ impl FaultTable {
 
     /// Parks a wave without a record.
     pub(crate) fn park_unreported(&mut self, waiter: Waiter) {
-        self.unreported.push(waiter);
+        self.unreported.push_back(waiter);
+    }
+
+    /// Removes the wave that was first parked without a record.
+    pub(crate) fn pop_unreported(&mut self) -> Option<Waiter> {
+        self.unreported.pop_front()
     }
 
     /// Removes the records up to a sequence number and returns who waited for them, and all waves
     /// that were not reported.
     pub(crate) fn replay(&mut self, through: u64) -> Vec<Waiter> {
-        let mut woken = std::mem::take(&mut self.unreported);
+        let mut woken = Vec::from(std::mem::take(&mut self.unreported));
         while let Some(first) = self.records.first_entry() {
             if *first.key() > through {
                 break;

@@ -231,7 +231,9 @@ impl Gpu {
     /// Whether [`Self::next_work`] may return some.
     pub fn has_work(&self) -> bool {
         !self.resetting
-            && (self.copies.has_work() || self.engines.iter().any(|engine| engine.has_work()))
+            && (self.copies.has_work()
+                || self.engines.iter().any(|engine| engine.has_work())
+                || (self.events.free_buffers() > 0 && self.contexts.any_unreported()))
     }
 
     /// How much work was handed out and not retired.

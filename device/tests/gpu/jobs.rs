@@ -238,7 +238,7 @@ fn system_page_without_ram_is_a_bus_error_of_that_job_alone() {
         assert_eq!(fence.page, GpuVa::new(hole), "{kernel:?}");
         assert_eq!((fence.access, fence.cause), (access.raw(), 0));
     }
-    assert_eq!(result(&mut rig, Kernel::Sum, &[VA, 8], 1), 0);
+    assert_eq!(result(&mut rig, Kernel::Sum, &[VA + PAGE, 8], 1), 0);
 }
 
 #[test]
@@ -277,12 +277,13 @@ fn endless_jobs_hinder_neither_others_nor_control() {
 #[test]
 fn jobs_and_waves_take_turns() {
     let mut rig = rig();
-    rig.launch(0, 1, Kernel::AtomicAdd, &[VA, 1, ENDLESS], 10);
-    rig.launch(0, 2, Kernel::AtomicAdd, &[VA + 8, 1, ENDLESS], 1);
+    let va = VA + 64 * PAGE;
+    rig.launch(0, 1, Kernel::AtomicAdd, &[va, 1, ENDLESS], 10);
+    rig.launch(0, 2, Kernel::AtomicAdd, &[va + 8, 1, ENDLESS], 1);
     for _ in 0..100 {
         assert!(rig.step());
     }
-    let (first, second) = (rig.vram_word(0), rig.vram_word(8));
+    let (first, second) = (rig.ram_word(MIB), rig.ram_word(MIB + 8));
     assert!(
         first.abs_diff(second) <= 512,
         "{first} {second}: jobs share evenly"

@@ -93,7 +93,7 @@ fn words_are_held_too() {
 #[test]
 fn work_that_begins_later_uses_the_new_translation_and_does_not_prolong_the_wait() {
     let mut rig = rig();
-    rig.launch(0, 1, Kernel::AtomicAdd, &[VA, 1, u64::MAX], 2);
+    rig.launch(0, 1, Kernel::AtomicAdd, &[VA, 1, u64::MAX], 3);
     let old = next(&mut rig);
     let entry = rig.entry(0, VA, 0);
     rig.write_pte(entry, Pte::leaf(vram(MIB), RW).0);
@@ -110,6 +110,7 @@ fn work_that_begins_later_uses_the_new_translation_and_does_not_prolong_the_wait
     let before = rig.ram_word(0);
     rig.finish(newer);
     assert_eq!(rig.ram_word(0), before, "a newer access used the old page");
+    rig.control_ok(&kill_job(0, 1));
     assert!(rig.vram_word(MIB) > 0);
 }
 
