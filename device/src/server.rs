@@ -52,6 +52,9 @@ pub enum ServeError {
     /// The event loop broke.
     #[error("the event loop failed: {0}")]
     EventLoop(#[from] event_manager::Error),
+    /// A front end cannot be served; the log has the reason.
+    #[error("a VM connected and cannot be served")]
+    Session,
     /// Some thread hangs.
     #[error("the VM's connection did not end within {END_LIMIT:?}")]
     Stuck,
@@ -61,6 +64,8 @@ pub enum ServeError {
 pub fn serve(options: &Serve) -> Result<(), ServeError> {
     let io = |what| move |source| ServeError::Io { what, source };
 
+    // First: who sees the sockets may send a signal.
+    let signals = signals().map_err(io("watch signals"))?;
     let mut settings = Settings::new(options.vram);
     settings.serial = options.serial;
     let device = Arc::new(Device::new(Gpu::new(settings)?));
@@ -85,10 +90,11 @@ pub fn serve(options: &Serve) -> Result<(), ServeError> {
     let door = FrontDoor::new(
         device,
         Listener::from(listener),
+        signals,
         options.once,
         Rc::clone(&phase),
     )
-    .map_err(io("watch signals"))?;
+    .map_err(io("make an eventfd"))?;
     manager.add_subscriber(Box::new(door));
 
     log::info!(
@@ -100,6 +106,7 @@ pub fn serve(options: &Serve) -> Result<(), ServeError> {
         match phase.get() {
             Phase::Running => manager.run()?,
             Phase::Ended => return Ok(()),
+            Phase::Failed => return Err(ServeError::Session),
             Phase::Ending { deadline } => {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
@@ -109,6 +116,16 @@ pub fn serve(options: &Serve) -> Result<(), ServeError> {
             }
         };
     }
+}
+
+/// A stream that becomes readable with a signal that shall end the process.
+fn signals() -> io::Result<UnixStream> {
+    let (signals, sender) = UnixStream::pair()?;
+    signals.set_nonblocking(true)?;
+    for signal in [SIGTERM, SIGINT] {
+        signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
+    }
+    Ok(signals)
 }
 
 fn default_workers() -> u32 {
@@ -127,6 +144,8 @@ enum Phase {
         deadline: Instant,
     },
     Ended,
+    /// No front end can be served.
+    Failed,
 }
 
 /// Accepts front ends, one at a time, and takes signals.
@@ -144,14 +163,10 @@ impl FrontDoor {
     fn new(
         device: Arc<Device>,
         listener: Listener,
+        signals: UnixStream,
         once: bool,
         phase: Rc<Cell<Phase>>,
     ) -> io::Result<Self> {
-        let (signals, sender) = UnixStream::pair()?;
-        signals.set_nonblocking(true)?;
-        for signal in [SIGTERM, SIGINT] {
-            signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
-        }
         let session_ended = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         Ok(Self {
             device,
@@ -180,7 +195,11 @@ impl FrontDoor {
                     ops.remove(Events::empty(&self.listener)),
                 );
             }
-            Err(error) => log::error!("{error}"),
+            // The socket may stay readable, so that trying again would never end.
+            Err(error) => {
+                log::error!("{error}");
+                self.phase.set(Phase::Failed);
+            }
         }
     }
 

@@ -10,7 +10,7 @@
 //! the guest's CPU). A VM that is paused (`stop`, a snapshot) stops all queues, which cannot be told
 //! from a reset: its GPU is reset.
 
-use super::{Device, queues::QUEUES, ring::Ring};
+use super::{Device, queues::QUEUES, ring::Ring, vring::Vring};
 use crate::rate_limit::RateLimit;
 use std::{
     io,
@@ -20,7 +20,7 @@ use std::{
     },
 };
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::{VhostUserBackend, VringMutex};
+use vhost_user_backend::VhostUserBackend;
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
@@ -61,7 +61,7 @@ impl Backend {
 
 impl VhostUserBackend for Backend {
     type Bitmap = ();
-    type Vring = VringMutex;
+    type Vring = Vring;
 
     fn num_queues(&self) -> usize {
         QUEUES
@@ -136,7 +136,7 @@ impl VhostUserBackend for Backend {
         &self,
         event: u16,
         _events: EventSet,
-        vrings: &[VringMutex],
+        vrings: &[Vring],
         thread: usize,
     ) -> io::Result<()> {
         if u64::from(event) == END_OF_SESSION {

@@ -237,7 +237,7 @@ impl Device {
         }
     }
 
-    /// Executes one piece of work, or gives the lock back if there is none.
+    /// Does one piece of work, or gives the lock back if there is nothing to do.
     fn work_round<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
@@ -245,12 +245,23 @@ impl Device {
         if state.holds != 0 {
             return Err(state);
         }
-        let Some(work) = state.queues.gpu.next_work() else {
-            return Err(state);
+        // Looking for work parks the waves that fault, which the driver is to hear of at once.
+        state.queues.refill_event_buffers();
+        let work = state.queues.gpu.next_work();
+        state.queues.deliver();
+        let interrupts = state.queues.take_interrupts();
+        let Some(work) = work else {
+            if interrupts.iter().all(Option::is_none) {
+                return Err(state);
+            }
+            drop(state);
+            interrupt(&interrupts);
+            return Ok(());
         };
         let memory = Arc::clone(&state.queues.memory);
         let more = state.queues.gpu.has_work();
         drop(state);
+        interrupt(&interrupts);
         if more {
             self.work.notify_one();
         }

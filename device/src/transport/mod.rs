@@ -4,6 +4,7 @@
 //! | part | what it does | what it must not know |
 //! | --- | --- | --- |
 //! | `chain` | walks and copies one descriptor chain | commands, the GPU |
+//! | `vring` | the crate's virtqueue, made safe against a race of kicks | everything else |
 //! | `ring` | one virtqueue: take, give back, interrupt | commands, the GPU |
 //! | `queues` | carries requests, replies and events between rings and GPU | threads, sockets |
 //! | `device` | the lock, the threads, waiting for quiet | descriptors, vhost-user |
@@ -18,6 +19,7 @@ mod device;
 mod queues;
 mod ring;
 mod session;
+mod vring;
 
 pub use device::{Device, Workers};
 pub use queues::TransportStats;

@@ -154,6 +154,17 @@ impl Queues {
         true
     }
 
+    /// Has the GPU know all event buffers that the driver posted, kicked or not, if it has used up
+    /// those that it knows: a fault should not be lost because of a kick that is on its way.
+    pub(super) fn refill_event_buffers(&mut self) {
+        if self.event_buffers.is_empty() {
+            // No more than there can be: a driver that adds faster than this takes is no reason to
+            // keep the lock.
+            let most = self.ring(queue::EVENT).map_or(0, Ring::size);
+            let _taken = (0..most).take_while(|_| self.take(queue::EVENT)).count();
+        }
+    }
+
     /// Writes the events and replies that the GPU has made. Events first: a reply may promise that
     /// they were written before it.
     pub(super) fn deliver(&mut self) {

@@ -5,15 +5,16 @@
 //! that lock is not touched afterwards. The vring's own lock inside only orders this against the
 //! vhost-user thread, which changes addresses and file descriptors.
 
+use super::vring::Vring;
 use std::sync::Arc;
-use vhost_user_backend::{VringMutex, VringT};
+use vhost_user_backend::VringT;
 use virtio_queue::{DescriptorChain, Error, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 /// One queue.
 #[derive(Clone)]
 pub(super) struct Ring {
-    vring: VringMutex,
+    vring: Vring,
     /// Chains given back since the last look at whether the driver wants an interrupt.
     given_back: bool,
 }
@@ -23,7 +24,7 @@ pub(super) type Available = DescriptorChain<Arc<GuestMemoryMmap>>;
 
 impl Ring {
     /// The ring behind `vring`.
-    pub(super) fn new(vring: VringMutex) -> Self {
+    pub(super) fn new(vring: Vring) -> Self {
         Self {
             vring,
             given_back: false,

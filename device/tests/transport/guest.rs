@@ -56,9 +56,12 @@ impl Guest {
     /// Connects, negotiates, starts the queues and posts as many event buffers as fit.
     pub(crate) fn boot(device: &Device) -> Self {
         let mut guest = Self::boot_without_event_buffers(device);
+        let known = device.transport_stat("event_buffers");
         for _ in 0..RING_SIZE {
             guest.post_event_buffer();
         }
+        // Each queue has its own thread: the first fault may be faster than the first buffer.
+        device.wait_for_transport_stat("event_buffers", known + u64::from(RING_SIZE));
         guest
     }
 

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The crate's vring, with a kick that cannot end its queue's thread.
+//!
+//! `vhost-user-backend` (0.24) learns from epoll that a ring was kicked and then reads the kick's
+//! file descriptor; if there is nothing to read, the queue's thread ends. That happens when the front
+//! end replaces the descriptor in between, as it does at every reset of the guest's driver. Here an
+//! empty kick is no error, and none blocks. All else is the crate's.
+
+use std::{fs::File, io};
+use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::Error;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// The state of one queue, shared by the threads that need it.
+#[derive(Clone)]
+pub(super) struct Vring(VringMutex);
+
+impl<'a> VringStateGuard<'a, Memory> for Vring {
+    type G = <VringMutex as VringStateGuard<'a, Memory>>::G;
+}
+
+impl<'a> VringStateMutGuard<'a, Memory> for Vring {
+    type G = <VringMutex as VringStateMutGuard<'a, Memory>>::G;
+}
+
+impl VringT<Memory> for Vring {
+    fn new(memory: Memory, max_queue_size: u16) -> Result<Self, Error> {
+        VringMutex::new(memory, max_queue_size).map(Self)
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        if let Some(file) = &file {
+            if let Err(error) = rustix::io::ioctl_fionbio(file, true) {
+                log::warn!("a kick may block its queue's thread: {error}");
+            }
+        }
+        self.0.set_kick(file);
+    }
+
+    fn read_kick(&self) -> io::Result<bool> {
+        match self.0.read_kick() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Ok(VringState::is_enabled(&self.0.get_ref()))
+            }
+            result => result,
+        }
+    }
+
+    fn get_ref(&self) -> <Self as VringStateGuard<'_, Memory>>::G {
+        self.0.get_ref()
+    }
+
+    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, Memory>>::G {
+        self.0.get_mut()
+    }
+
+    fn add_used(&self, head: u16, length: u32) -> Result<(), Error> {
+        self.0.add_used(head, length)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.0.signal_used_queue()
+    }
+
+    fn enable_notification(&self) -> Result<bool, Error> {
+        self.0.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), Error> {
+        self.0.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, Error> {
+        self.0.needs_notification()
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.0.set_enabled(enabled);
+    }
+
+    fn set_queue_info(&self, descriptors: u64, available: u64, used: u64) -> Result<(), Error> {
+        self.0.set_queue_info(descriptors, available, used)
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.0.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.0.set_queue_next_avail(base);
+    }
+
+    fn set_queue_next_used(&self, index: u16) {
+        self.0.set_queue_next_used(index);
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, Error> {
+        self.0.queue_used_idx()
+    }
+
+    fn set_queue_size(&self, size: u16) {
+        self.0.set_queue_size(size);
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        self.0.set_queue_event_idx(enabled);
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        self.0.set_queue_ready(ready);
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        self.0.set_call(file);
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        self.0.set_err(file);
+    }
+}
