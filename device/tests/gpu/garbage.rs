@@ -195,7 +195,7 @@ proptest! {
         for (fence, (kernel, indices, number, waves)) in (0..).zip(jobs) {
             let va = |i: &[u64]| i[0] << 39 | i[1] << 30 | i[2] << 21 | i[3] << 12;
             let (to, from) = (va(&indices), va(&indices[4..]));
-            let length = number % (8 * MIB) & !7;
+            let length = (number % (8 * MIB)) & !7;
             let kernel = Kernel::from_raw(kernel).unwrap();
             let arguments = match kernel {
                 Kernel::Copy => vec![to, from, length],

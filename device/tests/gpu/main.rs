@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Tests of the GPU core: one thread, no socket, no clock. Each drives a [`rig::Rig`].
+//! Tests of the GPU core: no socket, no clock, and but for `threads` one thread. Each drives a
+//! [`rig::Rig`].
 
 mod control;
 mod copies;
@@ -11,3 +12,4 @@ mod model;
 mod promise;
 mod rig;
 mod scale;
+mod threads;

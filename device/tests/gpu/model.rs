@@ -26,6 +26,18 @@ enum Allowed {
     Writes,
 }
 
+/// A job over words of the process, some of which mean nothing to some kernels.
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    context: u32,
+    kernel: usize,
+    start: u64,
+    words: u64,
+    from: u64,
+    value: u64,
+    waves: u32,
+}
+
 #[derive(Clone, Debug)]
 enum Op {
     /// munmap, mprotect, mmap: says what is allowed and drops the mapping.
@@ -35,18 +47,15 @@ enum Op {
         allowed: Allowed,
     },
     /// Moves the page between VRAM and RAM.
-    Migrate { context: u32, page: u64 },
-    /// Forgets who used what.
-    Harvest { context: u32 },
-    Job {
+    Migrate {
         context: u32,
-        kernel: usize,
-        start: u64,
-        words: u64,
-        from: u64,
-        value: u64,
-        waves: u32,
+        page: u64,
     },
+    /// Forgets who used what.
+    Harvest {
+        context: u32,
+    },
+    Job(Job),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -59,7 +68,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..CONTEXTS).prop_map(|context| Op::Harvest { context }),
         5 => (0..CONTEXTS, 0..6usize, 0..WORDS, 1..1500u64, 0..WORDS, any::<u64>(), 1..9u32)
             .prop_map(|(context, kernel, start, words, from, value, waves)| {
-                Op::Job { context, kernel, start, words, from, value, waves }
+                let words = words.min(WORDS - start).min(WORDS - from);
+                Op::Job(Job { context, kernel, start, words, from, value, waves })
             }),
     ]
 }
@@ -146,31 +156,20 @@ impl World {
                     .value;
                 self.log.push(format!("harvested {count}"));
             }
-            Op::Job {
-                context,
-                kernel,
-                start,
-                words,
-                from,
-                value,
-                waves,
-            } => {
-                let words = words.min(WORDS - start).min(WORDS - from);
-                self.job(context, kernel, start, words, from, value, waves);
-            }
+            Op::Job(job) => self.job(job),
         }
     }
 
-    fn job(
-        &mut self,
-        context: u32,
-        kernel: usize,
-        start: u64,
-        words: u64,
-        from: u64,
-        value: u64,
-        waves: u32,
-    ) {
+    fn job(&mut self, job: Job) {
+        let Job {
+            context,
+            kernel,
+            start,
+            words,
+            from,
+            value,
+            waves,
+        } = job;
         let (to_va, from_va) = (VA + start * 8, VA + from * 8);
         let copies = from + words <= start || start + words <= from;
         self.next_fence += 1;
@@ -320,16 +319,12 @@ impl World {
 
     /// Memory is as the model has it; after a failed job each word is as before or after.
     fn check(&mut self, context: u32, either: Option<(Vec<u64>, Vec<u64>)>) {
-        let now: Vec<u64> = (0..PAGES)
-            .flat_map(|page| {
-                let at = self.page(context, page).at;
-                let scratch = 20 * MIB;
-                assert_eq!(self.rig.copy(&[run(at, system(scratch))]), (Status::Ok, 0));
-                (0..512)
-                    .map(|word| self.rig.ram_word(scratch + word * 8))
-                    .collect::<Vec<_>>()
-            })
+        let scratch = 20 * MIB;
+        let runs: Vec<_> = (0..PAGES)
+            .map(|page| run(self.page(context, page).at, system(scratch + page * PAGE)))
             .collect();
+        assert_eq!(self.rig.copy(&runs), (Status::Ok, 0));
+        let now = self.rig.ram_words(scratch, WORDS);
         match either {
             None => assert!(now == self.words(context), "memory is not as expected"),
             Some((before, after)) => {
@@ -386,6 +381,7 @@ proptest! {
             prop_assert_eq!(stats.hits, 0);
         }
         for context in 0..CONTEXTS {
+            with.check(context, None);
             with.rig.control_ok(&destroy_context(context));
         }
         prop_assert!(with.rig.gpu.tlb().is_empty() && with.rig.gpu.jobs().is_empty());

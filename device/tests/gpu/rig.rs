@@ -57,15 +57,11 @@ pub(crate) struct Answer {
 impl Answer {
     pub(crate) fn parse(bytes: &[u8]) -> Self {
         let (reply, data) = control::Reply::read_from_prefix(bytes).unwrap();
-        let words = data.chunks_exact(8);
-        assert!(words.remainder().is_empty());
         Self {
             status: Status::from_raw(reply.status.get()).unwrap(),
             completed: reply.completed.get(),
             value: reply.value.get(),
-            data: words
-                .map(|w| u64::from_le_bytes(w.try_into().unwrap()))
-                .collect(),
+            data: words(data),
         }
     }
 }
@@ -309,6 +305,12 @@ impl Rig {
         self.ram.read_obj(GuestAddress(at)).unwrap()
     }
 
+    pub(crate) fn ram_words(&self, at: u64, count: u64) -> Vec<u64> {
+        let mut bytes = vec![0; count as usize * 8];
+        self.ram.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        words(&bytes)
+    }
+
     pub(crate) fn set_ram_word(&self, at: u64, value: u64) {
         self.ram.write_obj(value, GuestAddress(at)).unwrap();
     }
@@ -355,6 +357,14 @@ impl Rig {
         let status = self.try_launch(context, fence, kernel, arguments, waves);
         assert_eq!(status, Status::Ok);
     }
+}
+
+fn words(bytes: &[u8]) -> Vec<u64> {
+    let words = bytes.chunks_exact(8);
+    assert!(words.remainder().is_empty());
+    words
+        .map(|word| u64::from_le_bytes(word.try_into().unwrap()))
+        .collect()
 }
 
 pub(crate) fn vram(at: u64) -> Location {
