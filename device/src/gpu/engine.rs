@@ -12,18 +12,17 @@ use super::{
     event::header,
     fault::{Record, Waiter},
     flight::{Held, Owner},
+    issue::{Denied, issue},
     job::{Failure, Job},
-    kernels::{Access, Progress, Step},
-    mmu::{Mmu, Space},
-    settings::{MAX_PARKED_PER_CALL, WORK_BYTES, WORK_STEPS},
-    vram::Vram,
-    work::{Operand, Operation, Outcome, Window, Work, WorkDone},
+    kernels::{Progress, Step},
+    mmu::Mmu,
+    settings::MAX_PARKED_PER_CALL,
+    work::{Operand, Operation, Outcome, Work, WorkDone},
 };
 use farfault_protocol::{
     U32, U64,
     address::{GpuVa, PAGE_SIZE},
-    event::{self, EventKind, FaultCause, FaultEvent},
-    pte::Location,
+    event::{self, EventKind, FaultEvent},
 };
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -103,20 +102,6 @@ enum Stepped {
 struct WaveId {
     job: u64,
     wave: u32,
-}
-
-/// An access whose addresses were translated.
-struct Issue {
-    operation: Operation,
-    held: [Option<Held>; 2],
-    bytes: u64,
-}
-
-/// An access whose addresses were not.
-struct Denied {
-    va: GpuVa,
-    access: event::Access,
-    cause: FaultCause,
 }
 
 impl Gpu {
@@ -476,136 +461,4 @@ fn pick_from(ready: &mut VecDeque<u64>, jobs: &mut BTreeMap<u64, Job>) -> Option
         }
     }
     None
-}
-
-/// Translates what a wave wants, or the first part of it.
-fn issue(mmu: &mut Mmu, vram: &Vram, space: Space, access: Access) -> Result<Issue, Denied> {
-    use event::Access::{Atomic, Read, Write};
-    let mut range = |va, length: u64, access| {
-        let mut runs = Vec::new();
-        let length = length.min(WORK_BYTES);
-        mmu.translate_range(vram, space, va, length, access, &mut runs)
-            .map(|bytes| (runs, bytes))
-            .map_err(|cause| Denied { va, access, cause })
-    };
-    let one = |start, length, access| {
-        let held = Held {
-            start,
-            length,
-            access,
-        };
-        [Some(held), None]
-    };
-    let issue = match access {
-        Access::Fill {
-            to: start,
-            length,
-            pattern,
-        } => {
-            let (to, bytes) = range(start, length, Write)?;
-            Issue {
-                operation: Operation::Fill { to, pattern },
-                held: one(start, bytes, Write),
-                bytes,
-            }
-        }
-        Access::Sum {
-            from: start,
-            length,
-        } => {
-            let (from, bytes) = range(start, length, Read)?;
-            Issue {
-                operation: Operation::Sum { from },
-                held: one(start, bytes, Read),
-                bytes,
-            }
-        }
-        Access::Add {
-            to: start,
-            length,
-            addend,
-        } => {
-            let (to, bytes) = range(start, length, Write)?;
-            Issue {
-                operation: Operation::Add { to, addend },
-                held: one(start, bytes, Write),
-                bytes,
-            }
-        }
-        Access::Copy {
-            to: destination,
-            from: source,
-            length,
-        } => {
-            let (from, readable) = range(source, length, Read)?;
-            // The runs of `from` may be longer then; a copy ends with the shorter end.
-            let (to, bytes) = range(destination, readable, Write)?;
-            let [first, _] = one(destination, bytes, Write);
-            let [second, _] = one(source, bytes, Read);
-            Issue {
-                operation: Operation::Copy { to, from },
-                held: [first, second],
-                bytes,
-            }
-        }
-        Access::AtomicAdd { at, addend, times } => Issue {
-            operation: Operation::AtomicAdd {
-                at: word(mmu, vram, space, at, Atomic)?,
-                addend,
-                times: times.min(WORK_STEPS),
-            },
-            held: one(at, 8, Atomic),
-            bytes: 8,
-        },
-        Access::CompareAndSwap {
-            at,
-            expected,
-            desired,
-        } => Issue {
-            operation: Operation::CompareAndSwap {
-                at: word(mmu, vram, space, at, Atomic)?,
-                expected,
-                desired,
-            },
-            held: one(at, 8, Atomic),
-            bytes: 8,
-        },
-        Access::Chase { start, steps } => {
-            // From the page's begin, as pointers lead backwards too.
-            let page = start.align_down(PAGE_SIZE);
-            let target = mmu
-                .translate(vram, space, page, Read)
-                .map_err(|cause| Denied {
-                    va: start,
-                    access: Read,
-                    cause,
-                })?;
-            Issue {
-                operation: Operation::Chase {
-                    start,
-                    page: Window {
-                        start: page,
-                        target,
-                    },
-                    steps: steps.min(WORK_STEPS),
-                },
-                held: one(page, target.length, Read),
-                bytes: 8,
-            }
-        }
-    };
-    Ok(issue)
-}
-
-fn word(
-    mmu: &mut Mmu,
-    vram: &Vram,
-    space: Space,
-    va: GpuVa,
-    access: event::Access,
-) -> Result<Location, Denied> {
-    match mmu.translate(vram, space, va, access) {
-        Ok(target) => Ok(target.at),
-        Err(cause) => Err(Denied { va, access, cause }),
-    }
 }

@@ -23,7 +23,7 @@
 //! | `event` | buffers, fences, errors | 6 |
 //! | `mmu` | walk and TLB | 7 |
 //! | `fault` | parked waves, replay, cancel | 8 |
-//! | `engine` | whose turn it is, translation, parking, retiring | 5, 8 |
+//! | `engine`, `issue` | whose turn it is, translation, parking, retiring | 5, 8 |
 //! | `flight`, `work` | accesses in flight: the invalidation promise | 4.4 |
 //! | `vram`, `memory` | the bytes themselves | 1 |
 //! | `inspect`, `stats` | looking in from outside | — |
@@ -48,6 +48,7 @@ mod event;
 mod fault;
 mod flight;
 pub mod inspect;
+mod issue;
 mod job;
 mod kernels;
 mod memory;

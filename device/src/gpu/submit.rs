@@ -30,8 +30,7 @@ impl Gpu {
     pub fn submit(&mut self, request: &[u8], tag: u64, ram: &GuestMemoryMmap) -> Outcome {
         self.stats.submit.requests += 1;
         match self.try_submit(request, tag, ram) {
-            Ok(Outcome::Pending) => Outcome::Pending,
-            Ok(done) => done,
+            Ok(outcome) => outcome,
             Err(BadSubmit { status, index }) => {
                 self.stats.submit.failed += 1;
                 if matches!(status, Status::Malformed | Status::UnknownCommand) {
