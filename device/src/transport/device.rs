@@ -112,10 +112,12 @@ impl Device {
 
     /// Takes all requests of queue `index`, after a kick.
     pub(super) fn serve(&self, index: u16) {
-        self.with(|queues| queues.stats.kicks += 1);
         let mut expected = false;
         loop {
-            self.with(|queues| queues.begin(index));
+            self.with(|queues| {
+                queues.stats.rounds += 1;
+                queues.begin(index);
+            });
             let mut progress = false;
             // The lock is given up between requests, so that no queue waits behind another one's.
             loop {
@@ -223,6 +225,11 @@ impl Device {
         }
     }
 
+    /// Copies something out of the GPU.
+    fn look<R>(&self, at: impl FnOnce(&Gpu) -> R) -> R {
+        at(&self.state.lock().queues.gpu)
+    }
+
     /// A worker's life.
     fn work(&self) {
         let mut state = self.state.lock();
@@ -287,22 +294,22 @@ fn interrupt(due: &[Option<Ring>; QUEUES]) {
 
 impl Answer for Device {
     fn answer(&self, request: Request) -> Response {
-        let state = self.state.lock();
-        let gpu = &state.queues.gpu;
         let answer = match request {
-            Request::Stats => serde_json::to_value(AllStats {
-                gpu: gpu.stats(),
-                transport: state.queues.stats,
-            }),
-            Request::Contexts => serde_json::to_value(gpu.contexts()),
-            Request::PageTable { context } => match gpu.page_tables(context) {
+            Request::Stats => {
+                let state = self.state.lock();
+                let (gpu, transport) = (state.queues.gpu.stats(), state.queues.stats);
+                drop(state);
+                serde_json::to_value(AllStats { gpu, transport })
+            }
+            Request::Contexts => serde_json::to_value(self.look(Gpu::contexts)),
+            Request::PageTable { context } => match self.look(|gpu| gpu.page_tables(context)) {
                 Some(tables) => serde_json::to_value(tables),
                 None => return Response::Error(format!("context {context} does not exist")),
             },
-            Request::Tlb => serde_json::to_value(gpu.tlb()),
-            Request::Vram => serde_json::to_value(gpu.vram()),
-            Request::Faults => serde_json::to_value(gpu.faults()),
-            Request::Jobs => serde_json::to_value(gpu.jobs()),
+            Request::Tlb => serde_json::to_value(self.look(Gpu::tlb)),
+            Request::Vram => serde_json::to_value(self.look(Gpu::vram)),
+            Request::Faults => serde_json::to_value(self.look(Gpu::faults)),
+            Request::Jobs => serde_json::to_value(self.look(Gpu::jobs)),
         };
         match answer {
             Ok(value) => Response::Ok(value),

@@ -44,8 +44,8 @@ pub struct TransportStats {
     pub bad_chains: u64,
     /// Times that a ring itself made no sense.
     pub bad_rings: u64,
-    /// Kicks of the driver.
-    pub kicks: u64,
+    /// Times that a queue was looked at: after a kick, or because more came meanwhile.
+    pub rounds: u64,
     /// Interrupts to the driver.
     pub interrupts: u64,
     /// Resets by the driver, and ends of VMs.

@@ -3,10 +3,9 @@
 
 use crate::guest::DEADLINE;
 use std::{
-    fs,
-    io::Read,
+    fs::{self, File},
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Output, Stdio},
+    process::{Child, Command, ExitStatus, Output},
     thread,
     time::{Duration, Instant},
 };
@@ -32,7 +31,8 @@ impl Device {
             .arg("--control")
             .arg(folder.path().join("control"))
             .args(options)
-            .stderr(Stdio::piped())
+            // Not a pipe: one that nobody reads would stop the device when it is full.
+            .stderr(File::create(folder.path().join("log")).expect("a log"))
             .spawn()
             .expect("the device starts");
         let mut device = Self { child, folder };
@@ -141,11 +141,7 @@ impl Device {
     pub(crate) fn log(&mut self) -> String {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let mut log = String::new();
-        if let Some(stderr) = self.child.stderr.as_mut() {
-            stderr.read_to_string(&mut log).expect("the log is text");
-        }
-        log
+        fs::read_to_string(self.folder.path().join("log")).expect("the log is text")
     }
 }
 
