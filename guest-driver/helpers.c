@@ -101,16 +101,20 @@ void farfault_c_folio_mark_dirty(struct folio *folio)
 	folio_mark_dirty(folio);
 }
 
-struct folio *farfault_c_vma_alloc_folio(unsigned int order, struct vm_area_struct *vma,
-					 unsigned long addr)
+/* Large folios: how hard to try. Single pages are always tried for as page faults do. */
+#define MOVABLE_GFP(order, retry)								\
+	(!(order) ? GFP_HIGHUSER_MOVABLE :							\
+	 GFP_TRANSHUGE | ((retry) ? __GFP_RETRY_MAYFAIL : __GFP_NORETRY))
+
+struct folio *farfault_c_vma_alloc_folio(unsigned int order, bool retry,
+					 struct vm_area_struct *vma, unsigned long addr)
 {
-	return vma_alloc_folio(order ? GFP_TRANSHUGE | __GFP_NORETRY : GFP_HIGHUSER_MOVABLE,
-			       order, vma, addr);
+	return vma_alloc_folio(MOVABLE_GFP(order, retry), order, vma, addr);
 }
 
-struct folio *farfault_c_folio_alloc(unsigned int order)
+struct folio *farfault_c_folio_alloc(unsigned int order, bool retry)
 {
-	return folio_alloc(order ? GFP_TRANSHUGE | __GFP_NORETRY : GFP_HIGHUSER_MOVABLE, order);
+	return folio_alloc(MOVABLE_GFP(order, retry), order);
 }
 
 struct dev_pagemap *farfault_c_folio_pgmap(const struct folio *folio)

@@ -39,9 +39,9 @@ void farfault_c_folio_unlock(struct folio *folio);
 void farfault_c_folio_put(struct folio *folio);
 void farfault_c_folio_zero(struct folio *folio);
 void farfault_c_folio_mark_dirty(struct folio *folio);
-struct folio *farfault_c_vma_alloc_folio(unsigned int order, struct vm_area_struct *vma,
-					 unsigned long addr);
-struct folio *farfault_c_folio_alloc(unsigned int order);
+struct folio *farfault_c_vma_alloc_folio(unsigned int order, bool retry,
+					 struct vm_area_struct *vma, unsigned long addr);
+struct folio *farfault_c_folio_alloc(unsigned int order, bool retry);
 struct dev_pagemap *farfault_c_folio_pgmap(const struct folio *folio);
 void farfault_c_zone_device_folio_init(struct folio *folio, struct dev_pagemap *pgmap,
 				       unsigned int order);

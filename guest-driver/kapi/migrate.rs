@@ -325,19 +325,21 @@ impl<'a> Collected<'a> {
     }
 
     /// A destination in system memory for page `index`, by the process's memory policy. `order` is
-    /// 0 or [`PMD_ORDER`]. May sleep and reclaim; large folios are not tried hard for.
+    /// 0 or [`PMD_ORDER`]. May sleep and reclaim; large folios are tried hard for only where smaller
+    /// ones will not do.
     pub(crate) fn alloc_folio(&self, index: usize, order: u32) -> Option<SystemFolio> {
         if order != 0 && order != PMD_ORDER {
             return None;
         }
         let folio = if self.raw.kind == Kind::DeviceRange {
             // SAFETY: A plain allocation.
-            unsafe { bindings::farfault_c_folio_alloc(order) }
+            unsafe { bindings::farfault_c_folio_alloc(order, true) }
         } else {
             // SAFETY: The VMA is under its mmap lock by the invariant of `Raw`; any address will do.
             unsafe {
                 bindings::farfault_c_vma_alloc_folio(
                     order,
+                    !self.can_split(),
                     self.raw.args.vma,
                     self.raw.address(index),
                 )
