@@ -74,6 +74,8 @@ pub fn main() -> ExitCode {
         programs().for_each(|program| println!("{}", program.name));
         return ExitCode::SUCCESS;
     }
+    // The kernel's log tells then what ran when it had trouble. Not everybody may write there.
+    let _ = std::fs::write("/dev/kmsg", format!("{PROGRAM}: {name}\n"));
     let result = if let Some(case) = cases().find(|case| case.name == name) {
         (case.run)()
     } else if let Some(program) = programs().find(|program| program.name == name) {

@@ -49,3 +49,29 @@ pub(crate) fn expected_sum(region: Region, seed: u64, added: u64) -> u64 {
     let words = region.words();
     sum(seed, 0..words).wrapping_add(added.wrapping_mul(words as u64))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::sys::Backing;
+
+    #[test]
+    fn check_finds_one_wrong_word() {
+        let region = Region::map(2 * farfault::PAGE_SIZE, Backing::Small).unwrap();
+        write(region, 5);
+        assert!(check(region, 5, 0).is_ok());
+        let last = region.words() - 1;
+        region.store(last, word(5, last) ^ 1);
+        assert!(check(region, 5, 0).is_err());
+        assert!(check(region, 6, 0).is_err());
+    }
+
+    #[test]
+    fn expected_sum_is_the_sum_of_the_words() {
+        let region = Region::map(farfault::PAGE_SIZE, Backing::Small).unwrap();
+        write(region, 9);
+        let words = (0..region.words()).map(|index| region.load(index).wrapping_add(3));
+        let sum = words.fold(0u64, u64::wrapping_add);
+        assert_eq!(expected_sum(region, 9, 3), sum);
+    }
+}

@@ -36,11 +36,11 @@ pub(super) const EXIT_WITH_JOB: &str = "exit-with-job";
 /// Moves pages to VRAM and executes another program.
 pub(super) const EXEC_WITH_PAGES: &str = "exec-with-pages";
 /// GPU and CPU take pages from each other.
-pub(super) const FAULT_FOR_EVER: &str = "fault-for-ever";
+pub const FAULT_FOR_EVER: &str = "fault-for-ever";
 /// Moves pages to VRAM and back.
-pub(super) const MIGRATE_FOR_EVER: &str = "migrate-for-ever";
+pub const MIGRATE_FOR_EVER: &str = "migrate-for-ever";
 /// Works on more than VRAM holds.
-pub(super) const EVICT_FOR_EVER: &str = "evict-for-ever";
+pub const EVICT_FOR_EVER: &str = "evict-for-ever";
 /// Its standard input is somebody else's GPU.
 pub(super) const USE_STDIN: &str = "use-stdin";
 /// Prepares pages in all states, prints a [`Report`] and holds still until it gets a line.

@@ -264,3 +264,69 @@ pub(crate) fn call_at(gpu: impl AsFd, number: u32, address: u64) -> io::Result<(
     // SAFETY: As in `call`; the argument itself is in the arena, too, or no memory of ours.
     unsafe { ioctl(gpu.as_fd(), Raw { number, argument }) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_written_hold_their_words_and_never_overlap() {
+        let file = tempfile().unwrap();
+        let backings = [
+            Backing::Small,
+            Backing::Huge,
+            Backing::Shared,
+            Backing::File(&file),
+            Backing::FilePrivate(&file),
+        ];
+        let regions = backings.map(|backing| Region::map(3 * PAGE_SIZE, backing).unwrap());
+        for (index, region) in regions.iter().enumerate() {
+            region.store(1, index as u64);
+            region.atomic_add(1, 10);
+        }
+        for (index, region) in regions.iter().enumerate() {
+            let shows_the_file = matches!(backings[index], Backing::File(_));
+            assert!(shows_the_file || region.load(1) == index as u64 + 10);
+            assert_eq!(region.address() % STEP as u64, 0);
+        }
+    }
+
+    #[test]
+    fn region_moved_keeps_its_words_and_leaves_a_hole() {
+        let region = Region::map(4 * PAGE_SIZE, Backing::Small).unwrap();
+        let part = region.part(PAGE_SIZE, PAGE_SIZE);
+        part.store(0, 7);
+        let moved = part.remap().unwrap();
+        assert_eq!(moved.load(0), 7);
+        part.map_again().unwrap();
+        assert_eq!(part.load(0), 0);
+    }
+
+    #[test]
+    fn region_discarded_is_zero_and_unmapped_can_be_mapped_again() {
+        let region = Region::map(PAGE_SIZE, Backing::Small).unwrap();
+        region.store(3, 1);
+        region.discard().unwrap();
+        assert_eq!(region.load(3), 0);
+        assert_eq!(region.map_again(), Err(Errno::EXIST));
+        region.unmap().unwrap();
+        region.map_again().unwrap();
+        region.protect(Protection::Read).unwrap();
+        assert_eq!(region.load(3), 0);
+    }
+
+    #[test]
+    fn call_of_another_device_is_enotty() {
+        let null = File::open("/dev/null").unwrap();
+        assert_eq!(
+            call_at(&null, farfault::uapi::IOC_PING, 0),
+            Err(Errno::NOTTY)
+        );
+    }
+
+    fn tempfile() -> io::Result<File> {
+        let file = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&file, 3 * PAGE_SIZE as u64)?;
+        Ok(file.into())
+    }
+}

@@ -1,1 +1,89 @@
-fn main() {}
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Tests that boot a VM: `cargo xtask test`, or by hand `cargo test -p farfault-tests --test vm`.
+//!
+//! The command line is libtest's, so a filter, `--list`, `--exact` and cargo-nextest work. Each case
+//! is a test of its own: those of the guest (`farfault_tests::guest`) and those here, in which the
+//! host takes part.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | `machines` | boots VMs, shares them among cases, checks them after each |
+//! | `inside` | what GPU and driver say about themselves |
+//! | `programs`, `tables`, `lifecycle`, `loss` | the cases of the host |
+
+mod inside;
+mod lifecycle;
+mod loss;
+mod machines;
+mod programs;
+mod tables;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use machines::{After, Machine, Machines};
+use std::{process::ExitCode, sync::Arc, time::Duration};
+use xtask::vm::Vm;
+
+/// A case in which the host takes part.
+struct HostCase {
+    name: &'static str,
+    machine: Machine,
+    after: After,
+    run: fn(&mut Vm, &Machines) -> anyhow::Result<()>,
+}
+
+fn host_cases() -> impl Iterator<Item = &'static HostCase> {
+    let groups = [
+        programs::CASES,
+        tables::CASES,
+        lifecycle::CASES,
+        loss::CASES,
+    ];
+    groups.into_iter().flatten()
+}
+
+fn trials(machines: &Arc<Machines>) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    let mut add = |machine, name: &'static str, after, run: Body| {
+        let machines = Arc::clone(machines);
+        let test = move || {
+            let result = machines.run(machine, after, |vm| run(vm, &machines));
+            result.map_err(|error| Failed::from(format!("{error:?}")))
+        };
+        trials.push((machine, Trial::test(name, test)));
+    };
+    for case in farfault_tests::guest::cases() {
+        let run = move |vm: &mut Vm, machines: &Machines| {
+            let limit = Duration::from_secs(case.seconds);
+            inside::guest(vm, machines, &[case.name], limit).map(drop)
+        };
+        add(
+            Machine::with_gpus(case.gpus),
+            case.name,
+            After::Keep,
+            Box::new(run),
+        );
+    }
+    for case in host_cases() {
+        add(case.machine, case.name, case.after, Box::new(case.run));
+    }
+    // Cases that share a VM run one after the other.
+    trials.sort_by_key(|(machine, _)| *machine);
+    trials.into_iter().map(|(_, trial)| trial).collect()
+}
+
+type Body = Box<dyn Fn(&mut Vm, &Machines) -> anyhow::Result<()> + Send>;
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // More than one VM at a time would only make all of them slow.
+    arguments.test_threads.get_or_insert(1);
+    let machines = Arc::new(Machines::default());
+    let conclusion = libtest_mimic::run(&arguments, trials(&machines));
+    match machines.finish(conclusion.num_passed) {
+        Ok(()) => conclusion.exit_code(),
+        Err(error) => {
+            eprintln!("error: {error:?}");
+            ExitCode::from(101)
+        }
+    }
+}

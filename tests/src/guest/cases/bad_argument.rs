@@ -97,7 +97,8 @@ fn submit_with_each_field_wrong_is_einval() -> Result<()> {
         let arguments = match kernel {
             Kernel::Sum => [address, length, 0, 0],
             Kernel::Copy => [address, address + length / 2, length / 2, 0],
-            Kernel::PointerChase => [address, 0, 0, 0],
+            Kernel::PointerChase => [address, 1, 0, 0],
+            Kernel::AtomicAdd => [address, 0, 1, 0],
             _ => [address, if length_at.is_some() { length } else { 0 }, 0, 0],
         };
         let right = Submit {
@@ -135,6 +136,21 @@ fn submit_with_each_field_wrong_is_einval() -> Result<()> {
                 refuse("an unaligned length", with(index, unaligned))?;
             }
             refuse("a range that overflows", with(index, u64::MAX - 7))?;
+        }
+        // A job works on one word at least.
+        match kernel {
+            Kernel::AtomicAdd => refuse("no repetition", with(2, 0))?,
+            Kernel::PointerChase => refuse("no step", with(1, 0))?,
+            Kernel::CompareAndSwap => {}
+            Kernel::Copy => {
+                refuse("no length", with(2, 0))?;
+                refuse("a copy onto itself", with(1, address))?;
+                refuse(
+                    "a copy of overlapping ranges",
+                    with(1, address + length / 2 - 8),
+                )?;
+            }
+            Kernel::Fill | Kernel::Sum | Kernel::Add => refuse("no length", with(1, 0))?,
         }
         for kernel in [0, 8, 9, 1 << 16, u32::MAX] {
             refuse("no such kernel", Submit { kernel, ..right })?;

@@ -3,7 +3,7 @@
 //! not have.
 
 use crate::guest::{
-    call::{Call, Job},
+    call::{self, Call, Job},
     oracle,
     sys::{Backing, Protection, Region, call_at},
 };
@@ -101,15 +101,19 @@ fn argument_that_cannot_be_written_is_efault() -> Result<()> {
         let result = call_at(&gpu, number, read_only.address());
         ensure!(result == Err(Errno::FAULT), "{number:#x}: {result:?}");
     }
-    // A job of which its owner can't be told: nobody could collect it, so it must not count.
+    // A job whose name can't be told: it counts as one that is not collected, no more.
     read_only.protect(Protection::ReadWrite)?;
     read_only.store(0, u64::from(farfault::Kernel::Sum.raw()) | 1 << 32);
     read_only.store(1, arguments.address());
     read_only.store(2, 8);
     read_only.protect(Protection::Read)?;
-    for _ in 0..=gpu.info().max_jobs {
+    for _ in 0..2 * gpu.info().max_jobs {
         let result = call_at(&gpu, uapi::Submit::NUMBER, read_only.address());
         ensure!(result == Err(Errno::FAULT), "SUBMIT: {result:?}");
+        match call::wait(&gpu, 0, call::JOB_TIME) {
+            Ok(_) | Err(Errno::NOENT) => {}
+            Err(errno) => anyhow::bail!("WAIT for any: {errno:?}"),
+        }
     }
     ensure_works(&gpu)
 }

@@ -318,7 +318,7 @@ fn one_job_waited_for_by_many_threads_is_collected_once() -> Result<()> {
 
 fn fences_are_never_zero_nor_used_twice() -> Result<()> {
     let gpu = Gpu::open_first()?;
-    let job = Job::sum(some_memory()?.part(0, 0));
+    let job = Job::sum(some_memory()?.part(0, PAGE_SIZE));
     let mut seen = HashSet::from([0]);
     for _ in 0..500 {
         let fence = job.submit(&gpu)?;

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The driver comes and goes while processes have pages in VRAM and descriptors open. Each case
+//! leaves it loaded and bound.
+
+use super::{
+    HostCase,
+    inside::{go_on, guest, shell, start},
+    machines::{After, Machine, Machines},
+};
+use anyhow::{Result, ensure};
+use farfault_tests::guest::programs::{
+    DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_CLOSED, HOLD_OPEN, LOSE_DRIVER, MIGRATE_FOR_EVER,
+    READY,
+};
+use std::{thread, time::Duration};
+use xtask::vm::Vm;
+
+const COMMAND: Duration = Duration::from_secs(60);
+const MODULE: &str = "/lib/modules/farfault.ko";
+
+pub(crate) const CASES: &[HostCase] = &[
+    HostCase {
+        name: "lifecycle::rmmod_with_an_open_descriptor_fails_and_harms_nothing",
+        machine: Machine::Small,
+        after: After::Keep,
+        run: rmmod_with_an_open_descriptor_fails_and_harms_nothing,
+    },
+    HostCase {
+        name: "lifecycle::rmmod_with_pages_resident_brings_them_home",
+        machine: Machine::Small,
+        after: After::Keep,
+        run: rmmod_with_pages_resident_brings_them_home,
+    },
+    HostCase {
+        name: "lifecycle::unbind_with_an_open_descriptor_revokes_it_and_brings_pages_home",
+        machine: Machine::Small,
+        after: After::Keep,
+        run: unbind_with_an_open_descriptor_revokes_it_and_brings_pages_home,
+    },
+    HostCase {
+        name: "lifecycle::unbind_under_load_ends_in_time",
+        machine: Machine::Small,
+        after: After::Keep,
+        run: unbind_under_load_ends_in_time,
+    },
+    HostCase {
+        name: "lifecycle::module_loaded_and_unloaded_50_times_works",
+        machine: Machine::Small,
+        after: After::Keep,
+        run: module_loaded_and_unloaded_50_times_works,
+    },
+];
+
+fn works(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    let case = "faults::small_pages_of_many_waves_are_right";
+    guest(vm, machines, &[case], COMMAND).map(drop)
+}
+
+fn succeeds(vm: &mut Vm, machines: &Machines, line: &str, limit: Duration) -> Result<String> {
+    let output = shell(vm, machines, line, limit)?.expect_success()?;
+    Ok(output.stdout_text())
+}
+
+/// Unbinds the GPU; the name by which it is bound again.
+fn unbind(vm: &mut Vm, machines: &Machines) -> Result<String> {
+    let line = "cd /sys/bus/virtio/drivers/farfault; gpu=$(echo virtio*); \
+                echo $gpu > unbind; echo $gpu";
+    Ok(succeeds(vm, machines, line, COMMAND)?.trim().to_owned())
+}
+
+fn bind(vm: &mut Vm, machines: &Machines, gpu: &str) -> Result<()> {
+    let line = format!("echo {gpu} > /sys/bus/virtio/drivers/farfault/bind; ls /dev/farfault*");
+    succeeds(vm, machines, &line, COMMAND).map(drop)
+}
+
+fn rmmod_with_an_open_descriptor_fails_and_harms_nothing(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    let process = start(vm, machines, HOLD_OPEN, READY)?;
+    let rmmod = shell(vm, machines, "rmmod farfault", COMMAND)?;
+    ensure!(
+        !rmmod.success(),
+        "the module went away under an open descriptor"
+    );
+    let output = go_on(process, machines, COMMAND)?;
+    ensure!(output.stdout_text().contains(DONE));
+    works(vm, machines)
+}
+
+fn rmmod_with_pages_resident_brings_them_home(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    let process = start(vm, machines, HOLD_CLOSED, READY)?;
+    succeeds(
+        vm,
+        machines,
+        "rmmod farfault; ! test -e /dev/farfault0",
+        COMMAND,
+    )?;
+    let output = go_on(process, machines, COMMAND)?;
+    ensure!(output.stdout_text().contains(DONE));
+    let load = format!("insmod {MODULE}; test -c /dev/farfault0");
+    succeeds(vm, machines, &load, COMMAND)?;
+    works(vm, machines)
+}
+
+fn unbind_with_an_open_descriptor_revokes_it_and_brings_pages_home(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    let process = start(vm, machines, LOSE_DRIVER, READY)?;
+    let gpu = unbind(vm, machines)?;
+    process.wait_for(DONE, machines.limit(COMMAND))?;
+    bind(vm, machines, &gpu)?;
+    go_on(process, machines, COMMAND)?;
+    works(vm, machines)
+}
+
+fn unbind_under_load_ends_in_time(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    for _ in 0..3 {
+        let load = [FAULT_FOR_EVER, MIGRATE_FOR_EVER, EVICT_FOR_EVER];
+        let processes = load
+            .map(|program| vm.spawn(&[farfault_tests::guest::PROGRAM, program]))
+            .into_iter()
+            .collect::<xtask::Result<Vec<_>>>()?;
+        // Long enough for all of them to be at work.
+        thread::sleep(machines.limit(Duration::from_millis(500)));
+        let gpu = unbind(vm, machines)?;
+        for process in processes {
+            let output = process.wait(machines.limit(COMMAND))?;
+            // They say that the GPU has gone; a signal would mean that data had.
+            ensure!(output.code == Some(1), "{}: {output:?}", output.command);
+            let said = output.stderr_text();
+            ensure!(!said.contains("should be"), "wrong data: {said}");
+        }
+        bind(vm, machines, &gpu)?;
+    }
+    works(vm, machines)
+}
+
+fn module_loaded_and_unloaded_50_times_works(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    let line = format!(
+        "for round in $(seq 50); do \
+           rmmod farfault; ! test -e /dev/farfault0; \
+           insmod {MODULE}; test -c /dev/farfault0; \
+           test $((round % 10)) != 0 || {} smoke::ping_is_answered; \
+         done",
+        farfault_tests::guest::PROGRAM
+    );
+    succeeds(vm, machines, &line, Duration::from_secs(240))?;
+    works(vm, machines)
+}
