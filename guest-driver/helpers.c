@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Out-of-line copies of static inlines and macros that bindgen cannot see. No logic, one call each. */
-#include <linux/capability.h>
 #include <linux/completion.h>
 #include <linux/fs.h>
 #include <linux/gfp.h>
@@ -29,11 +28,6 @@ void farfault_c_virtio_del_vqs(struct virtio_device *vdev)
 void farfault_c_virtio_device_ready(struct virtio_device *vdev)
 {
 	virtio_device_ready(vdev);
-}
-
-bool farfault_c_virtio_has_feature(const struct virtio_device *vdev, unsigned int bit)
-{
-	return virtio_has_feature(vdev, bit);
 }
 
 void farfault_c_virtio_synchronize_cbs(struct virtio_device *vdev)
@@ -89,11 +83,6 @@ void farfault_c_folio_unlock(struct folio *folio)
 void farfault_c_folio_put(struct folio *folio)
 {
 	folio_put(folio);
-}
-
-void farfault_c_folio_zero(struct folio *folio)
-{
-	folio_zero_range(folio, 0, folio_size(folio));
 }
 
 void farfault_c_folio_mark_dirty(struct folio *folio)
@@ -156,11 +145,6 @@ void farfault_c_mmu_interval_set_seq(struct mmu_interval_notifier *mni, unsigned
 bool farfault_c_mmu_interval_read_retry(struct mmu_interval_notifier *mni, unsigned long seq)
 {
 	return mmu_interval_read_retry(mni, seq);
-}
-
-bool farfault_c_capable_sys_admin(void)
-{
-	return capable(CAP_SYS_ADMIN);
 }
 
 void farfault_c_reinit_completion(struct completion *x)

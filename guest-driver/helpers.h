@@ -24,7 +24,6 @@ int farfault_c_virtio_find_vqs(struct virtio_device *vdev, unsigned int nvqs,
 			       struct virtqueue **vqs, struct virtqueue_info *info);
 void farfault_c_virtio_del_vqs(struct virtio_device *vdev);
 void farfault_c_virtio_device_ready(struct virtio_device *vdev);
-bool farfault_c_virtio_has_feature(const struct virtio_device *vdev, unsigned int bit);
 void farfault_c_virtio_synchronize_cbs(struct virtio_device *vdev);
 u8 farfault_c_virtio_get_status(struct virtio_device *vdev);
 void farfault_c_virtio_cread_words(struct virtio_device *vdev, void *buf, size_t words);
@@ -37,7 +36,6 @@ unsigned long farfault_c_folio_pfn(const struct folio *folio);
 void farfault_c_folio_lock(struct folio *folio);
 void farfault_c_folio_unlock(struct folio *folio);
 void farfault_c_folio_put(struct folio *folio);
-void farfault_c_folio_zero(struct folio *folio);
 void farfault_c_folio_mark_dirty(struct folio *folio);
 struct folio *farfault_c_vma_alloc_folio(unsigned int order, bool retry,
 					 struct vm_area_struct *vma, unsigned long addr);
@@ -54,7 +52,6 @@ bool farfault_c_mmu_notifier_range_blockable(const struct mmu_notifier_range *ra
 void farfault_c_mmu_interval_set_seq(struct mmu_interval_notifier *mni, unsigned long seq);
 bool farfault_c_mmu_interval_read_retry(struct mmu_interval_notifier *mni, unsigned long seq);
 
-bool farfault_c_capable_sys_admin(void);
 void farfault_c_reinit_completion(struct completion *x);
 unsigned long farfault_c_spin_lock_irqsave(spinlock_t *lock);
 bool farfault_c_spin_trylock_irqsave(spinlock_t *lock, unsigned long *flags);

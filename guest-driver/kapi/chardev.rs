@@ -147,11 +147,6 @@ impl<F: FileOps> Chardev<F> {
         &self.name
     }
 
-    /// The number in its name.
-    pub(crate) fn number(&self) -> u32 {
-        self.number.0
-    }
-
     /// # Safety
     ///
     /// Only for the core: `file` is being opened, and its private data is the misc device.

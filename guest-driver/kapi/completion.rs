@@ -39,12 +39,6 @@ impl Completion {
         unsafe { bindings::complete_all(self.inner.get()) };
     }
 
-    /// Whether it happened.
-    pub(crate) fn is_done(&self) -> bool {
-        // SAFETY: A valid completion.
-        unsafe { bindings::completion_done(self.inner.get()) }
-    }
-
     /// Makes it not done again. Nobody may be waiting, or about to complete it.
     pub(crate) fn reinit(&self) {
         // SAFETY: A valid completion. Who waits or completes at once gets a wrong answer, no more.
@@ -61,35 +55,6 @@ impl Completion {
         } else {
             Ok(())
         }
-    }
-
-    /// Waits until a fatal signal comes. Fails with `ETIMEDOUT` or `EINTR`.
-    pub(crate) fn wait_killable_timeout(&self, limit: Delta) -> Result {
-        // SAFETY: A valid completion.
-        interruptible_result(unsafe {
-            bindings::wait_for_completion_killable_timeout(self.inner.get(), jiffies_ceil(limit))
-        })
-    }
-
-    /// Waits until any signal comes. Fails with `ETIMEDOUT` or `EINTR`.
-    pub(crate) fn wait_interruptible_timeout(&self, limit: Delta) -> Result {
-        // SAFETY: A valid completion.
-        interruptible_result(unsafe {
-            bindings::wait_for_completion_interruptible_timeout(
-                self.inner.get(),
-                jiffies_ceil(limit),
-            )
-        })
-    }
-}
-
-/// What the interruptible waits return: negative errno, zero for a timeout, or the time left.
-fn interruptible_result(left: isize) -> Result {
-    match left {
-        0 => Err(ETIMEDOUT),
-        1.. => Ok(()),
-        // `ERESTARTSYS` is for the core; a wait with a time limit must not start again from zero.
-        _ => Err(EINTR),
     }
 }
 

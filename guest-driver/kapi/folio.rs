@@ -7,7 +7,6 @@
 //!
 //! C headers: `include/linux/page_ref.h`, `include/linux/pagemap.h`.
 
-use super::pagemap::DevicePage;
 use crate::bindings;
 use core::{mem::ManuallyDrop, ptr::NonNull};
 use kernel::page::{PAGE_SHIFT, PAGE_SIZE};
@@ -61,8 +60,8 @@ impl Drop for Locked {
 
 /// A fresh folio of system memory, the destination of a migration from the device.
 ///
-/// Its contents are **undefined**, and whatever they are the process will see: fill all of it, or
-/// [`SystemFolio::zero`] it, before the migration is committed.
+/// Its contents are **undefined**, and whatever they are the process will see: fill all of it
+/// before the migration is committed.
 pub(crate) struct SystemFolio {
     folio: Locked,
     order: u32,
@@ -99,12 +98,6 @@ impl SystemFolio {
         self.order
     }
 
-    /// Fills it with zeroes.
-    pub(crate) fn zero(&mut self) {
-        // SAFETY: A valid folio that nobody else can reach.
-        unsafe { bindings::farfault_c_folio_zero(self.folio.0.as_ptr()) };
-    }
-
     /// Gives lock and reference to the migration core.
     pub(super) fn into_raw(self) -> NonNull<bindings::folio> {
         self.folio.into_raw()
@@ -116,31 +109,20 @@ impl SystemFolio {
 /// Dropping it gives it back: `folio_free` of its pagemap is called.
 pub(crate) struct DeviceFolio {
     folio: Locked,
-    page: DevicePage,
     order: u32,
 }
 
 impl DeviceFolio {
     /// # Safety
     ///
-    /// `folio` must be locked with one reference, both of which the caller gives away, and be
-    /// `page` of its pagemap with order `order`.
-    pub(super) unsafe fn from_raw(
-        folio: NonNull<bindings::folio>,
-        page: DevicePage,
-        order: u32,
-    ) -> Self {
+    /// `folio` must be device-private, of order `order`, and locked with one reference, both of
+    /// which the caller gives away.
+    pub(super) unsafe fn from_raw(folio: NonNull<bindings::folio>, order: u32) -> Self {
         // INVARIANT: By the function's contract.
         Self {
             folio: Locked(folio),
-            page,
             order,
         }
-    }
-
-    /// Its first page's number in the pagemap.
-    pub(crate) fn page(&self) -> DevicePage {
-        self.page
     }
 
     /// 0 or [`PMD_ORDER`].

@@ -152,7 +152,6 @@ impl<T: IntervalOps> IntervalNotifier<T> {
         Ok(Snapshot {
             notifier: self,
             sequence,
-            start: range.start,
             pfns,
         })
     }
@@ -162,7 +161,6 @@ impl<T: IntervalOps> IntervalNotifier<T> {
 pub(crate) struct Snapshot<'a, T: IntervalOps> {
     notifier: &'a IntervalNotifier<T>,
     sequence: Sequence<'a>,
-    start: usize,
     pfns: &'a [HmmPfn],
 }
 
@@ -171,7 +169,6 @@ impl<'a, T: IntervalOps> Snapshot<'a, T> {
     pub(crate) fn lock(self) -> Option<Valid<'a, T>> {
         Some(Valid {
             guard: self.notifier.lock_unchanged(self.sequence)?,
-            start: self.start,
             pfns: self.pfns,
         })
     }
@@ -184,7 +181,6 @@ impl<'a, T: IntervalOps> Snapshot<'a, T> {
 /// No invalidation of the range has passed since `pfns` was filled, and none passes `guard`.
 pub(crate) struct Valid<'a, T: IntervalOps> {
     guard: Guard<'a, T>,
-    start: usize,
     pfns: &'a [HmmPfn],
 }
 
@@ -192,11 +188,6 @@ impl<T: IntervalOps> Valid<'_, T> {
     /// One entry for each page.
     pub(crate) fn pfns(&self) -> &[HmmPfn] {
         self.pfns
-    }
-
-    /// The address of an entry's page.
-    pub(crate) fn address(&self, index: usize) -> usize {
-        self.start + index * PAGE_SIZE
     }
 
     /// What the update lock protects.

@@ -517,11 +517,6 @@ impl Migrated<'_> {
     pub(crate) fn count(&self) -> usize {
         self.entries().map(|(_, order)| 1 << order).sum()
     }
-
-    /// Like [`Collected::address`].
-    pub(crate) fn address(&self, index: usize) -> usize {
-        self.raw.address(index)
-    }
 }
 
 /// The order that an entry of either array says.

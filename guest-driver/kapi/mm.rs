@@ -34,12 +34,6 @@ pub(crate) fn is_current_mm(mm: &Mm) -> bool {
     current!().mm().is_some_and(|current| same_mm(current, mm))
 }
 
-/// Whether the caller has `CAP_SYS_ADMIN`.
-pub(crate) fn capable_sys_admin() -> bool {
-    // SAFETY: Looks at the current task only.
-    unsafe { bindings::farfault_c_capable_sys_admin() }
-}
-
 /// The mmap lock of `mm`, held for reading.
 ///
 /// # Invariants
@@ -58,15 +52,6 @@ impl<'mm> MmapLock<'mm> {
             mm,
             _guard: mm.mmap_read_lock(),
         }
-    }
-
-    /// Takes the lock if that needs no waiting.
-    pub(crate) fn try_read(mm: &'mm MmWithUser) -> Option<Self> {
-        // INVARIANT: The guard is made from `mm`.
-        Some(Self {
-            mm,
-            _guard: mm.mmap_read_trylock()?,
-        })
     }
 
     /// Whose lock this is.
@@ -110,21 +95,6 @@ impl<'a> Vma<'a> {
     pub(crate) fn is_anonymous(&self) -> bool {
         // SAFETY: A valid VMA.
         unsafe { bindings::farfault_c_vma_is_anonymous(self.0.as_ptr()) }
-    }
-
-    /// Loads are allowed.
-    pub(crate) fn is_readable(&self) -> bool {
-        self.has(flags::READ)
-    }
-
-    /// Stores are allowed.
-    pub(crate) fn is_writable(&self) -> bool {
-        self.has(flags::WRITE)
-    }
-
-    /// Stores are seen by others who map the same.
-    pub(crate) fn is_shared(&self) -> bool {
-        self.has(flags::SHARED)
     }
 
     /// Of hugetlbfs.

@@ -19,7 +19,7 @@
 //! | [`trace`] | the driver's trace events |
 //! | [`virtio`] | the virtio bus |
 //! | [`virtqueue`] | virtqueues |
-//! | [`workqueue`] | a workqueue of one's own, cancelling and flushing |
+//! | [`workqueue`] | a workqueue of one's own |
 #![allow(unsafe_code, reason = "wraps C")]
 
 pub(crate) mod chardev;

@@ -19,7 +19,6 @@ use core::{ops::Deref, ptr::NonNull};
 use kernel::{
     container_of,
     error::from_err_ptr,
-    mm::MmWithUser,
     page::{PAGE_SHIFT, PAGE_SIZE},
     prelude::*,
     sync::atomic::{Atomic, Full, Relaxed},
@@ -296,11 +295,7 @@ impl<T: PagemapOps> DevicePagemap<T> {
         unsafe {
             let folio = bindings::farfault_c_pfn_to_page(self.pfn(page).0).cast();
             bindings::farfault_c_zone_device_folio_init(folio, self.map.get(), order);
-            Ok(DeviceFolio::from_raw(
-                NonNull::new_unchecked(folio),
-                page,
-                order,
-            ))
+            Ok(DeviceFolio::from_raw(NonNull::new_unchecked(folio), order))
         }
     }
 
@@ -400,12 +395,6 @@ impl Fault<'_> {
     pub(crate) fn vma(&self) -> Vma<'_> {
         // SAFETY: The core holds the mmap lock, not only the VMA's, during `migrate_to_ram`.
         unsafe { Vma::from_raw(self.vmf.__bindgen_anon_1.vma) }
-    }
-
-    /// Whose fault it is.
-    pub(crate) fn mm(&self) -> &MmWithUser {
-        // SAFETY: The VMA's address space has users as long as a fault is served for one.
-        unsafe { MmWithUser::from_raw((*self.vmf.__bindgen_anon_1.vma).vm_mm) }
     }
 
     /// The device page: [`DevicePagemap::lookup`] knows which.

@@ -102,12 +102,6 @@ impl Device<Bound> {
         unsafe { bindings::farfault_c_virtio_cread_words(self.as_raw(), bytes, words) };
         Ok(config)
     }
-
-    /// Whether both sides have agreed on a feature of [`Driver::FEATURES`] or of the transport.
-    pub(crate) fn has_feature(&self, bit: u32) -> bool {
-        // SAFETY: A bound device. The core warns of a bit that the driver did not list.
-        unsafe { bindings::farfault_c_virtio_has_feature(self.as_raw(), bit) }
-    }
 }
 
 impl<Ctx: DeviceContext> AsRef<device::Device<Ctx>> for Device<Ctx> {

@@ -72,11 +72,6 @@ impl<T> Transfer<T> {
     pub(crate) fn reply(&self) -> &[u8] {
         &self.reply[..self.used]
     }
-
-    /// How much it may write.
-    pub(crate) fn reply_room(&self) -> usize {
-        self.reply.len()
-    }
 }
 
 /// A ring of a bound device.
@@ -215,11 +210,6 @@ impl<'bound, H: QueueHandler, const N: usize> Queues<'bound, H, N> {
             },
             stage <- new_mutex!(Stage::Found),
         })
-    }
-
-    /// Who is told.
-    pub(crate) fn handler(&self) -> &H {
-        &self.handler
     }
 
     /// The queue with number `index`. Fails with `EBUSY` the second time, and `EINVAL`.
@@ -394,22 +384,6 @@ impl<T> Virtqueue<T> {
         Notifier(self.slot.clone())
     }
 
-    /// Asks the device not to tell of used buffers. It may do so still.
-    pub(crate) fn disable_cb(&mut self) {
-        // SAFETY: The ring is there; `&mut self` serialises.
-        let _ = self
-            .slot
-            .with_ring(|ring| unsafe { bindings::virtqueue_disable_cb(ring) });
-    }
-
-    /// Asks the device to tell of used buffers again. `false`: there are some now, take them first.
-    pub(crate) fn enable_cb(&mut self) -> bool {
-        self.slot
-            // SAFETY: The ring is there; `&mut self` serialises.
-            .with_ring(|ring| unsafe { bindings::virtqueue_enable_cb(ring) })
-            .unwrap_or(true)
-    }
-
     /// A transfer that the device never got to. Only once [`Queues::reset`] has returned.
     pub(crate) fn detach_unused(&mut self) -> Option<KBox<Transfer<T>>> {
         if !self.slot.reset.load(Acquire) {
@@ -435,14 +409,6 @@ impl<T> Virtqueue<T> {
         self.slot
             // SAFETY: The ring is there; whoever changes the number has `&mut self`.
             .with_ring(|ring| unsafe { (*ring).num_free as usize })
-            .unwrap_or(0)
-    }
-
-    /// Descriptors in all.
-    pub(crate) fn size(&self) -> usize {
-        self.slot
-            // SAFETY: The ring is there; its size does not change.
-            .with_ring(|ring| unsafe { bindings::virtqueue_get_vring_size(ring) as usize })
             .unwrap_or(0)
     }
 
