@@ -15,15 +15,18 @@ use super::{
 use anyhow::{Context, Result, ensure};
 use farfault::{
     Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, pagemap,
+    process::{Ended, fork},
     uapi::{self, JobStatus},
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
+    pipe::pipe,
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    io,
+    fs::File,
+    io::{self, Read, Write},
     os::unix::process::CommandExt,
     process::Command,
     time::{Duration, Instant},
@@ -45,7 +48,8 @@ pub const EVICT_FOR_EVER: &str = "evict-for-ever";
 pub(super) const USE_STDIN: &str = "use-stdin";
 /// Prepares pages in all states, prints a [`Report`] and holds still until it gets a line.
 pub const HOLD_PAGES: &str = "hold-pages";
-/// Has pages in VRAM and no descriptor; checks its data when it gets a line.
+/// Has pages in VRAM and no descriptor, and a child with pages of its own; both check their data when
+/// it gets a line.
 pub const HOLD_CLOSED: &str = "hold-closed";
 /// Has a descriptor and pages in VRAM, and goes on working when it gets a line.
 pub const HOLD_OPEN: &str = "hold-open";
@@ -330,10 +334,31 @@ fn hold_pages(_: &[String]) -> Result<()> {
 
 fn hold_closed(_: &[String]) -> Result<()> {
     let (gpu, region) = with_pages()?;
+    // Pages in VRAM that a child has, and nobody else: the owner of the descriptor has unmapped them.
+    let orphan = written(2 * HUGE_PAGE_SIZE, Backing::Huge)?;
+    move_all(&gpu, orphan, Place::Vram)?;
+    let (from_parent, to_child) = pipe()?;
+    let (mut from_parent, mut to_child) = (File::from(from_parent), File::from(to_child));
+    let child = fork(|| {
+        let told = from_parent.read_exact(&mut [0]);
+        match told
+            .map_err(anyhow::Error::from)
+            .and_then(|()| oracle::check(orphan, SEED, 0))
+        {
+            Ok(()) => 0,
+            Err(error) => {
+                eprintln!("child: {error:?}");
+                1
+            }
+        }
+    })?;
+    orphan.unmap()?;
     drop(gpu);
     say(READY);
     wait_for_a_line()?;
     oracle::check(region, SEED, 1)?;
+    to_child.write_all(&[1])?;
+    ensure!(child.wait()? == Ended::Exited(0));
     say(DONE);
     Ok(())
 }
