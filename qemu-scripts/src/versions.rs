@@ -5,13 +5,10 @@ use std::sync::LazyLock;
 
 use serde::Deserialize;
 
-/// The text of the file; part of the stamp of every step that depends on it.
-pub const TEXT: &str = include_str!("../versions.toml");
-
 /// The file, parsed.
 pub static VERSIONS: LazyLock<Versions> = LazyLock::new(|| {
     // The file is part of this program and a test parses it, so this is no input that could be wrong at run time.
-    toml::from_str(TEXT).expect("versions.toml is well-formed")
+    toml::from_str(include_str!("../versions.toml")).expect("versions.toml is well-formed")
 });
 
 /// See the comments in the file.

@@ -2,16 +2,19 @@
 //! The kernel module, built by Kbuild in the toolbox with its output outside of the source tree.
 
 use std::{
+    fs,
     path::{Path, PathBuf},
-    process::Stdio,
 };
 
 use crate::{
     Error, Paths, Result, paths,
-    process::spawn,
+    process::run_logged,
     progress::Progress,
     setup::{Setup, kernel::jobs},
 };
+
+/// Said for every module that is built without the kernel's own debug data, and of no interest.
+const NO_BTF: &str = "Skipping BTF generation";
 
 /// Builds the driver and returns `farfault.ko`.
 ///
@@ -40,6 +43,7 @@ pub fn clippy_module(paths: &Paths, setup: &Setup) -> Result<()> {
 }
 
 fn make(paths: &Paths, setup: &Setup, output: &Path, more: &[&str]) -> Result<()> {
+    let what = "building the driver";
     let step = Progress::start("driver: building farfault.ko");
     paths::create_dir(output)?;
     let mut visible = setup.kernel.folders();
@@ -56,20 +60,26 @@ fn make(paths: &Paths, setup: &Setup, output: &Path, more: &[&str]) -> Result<()
         .arg(format!("CC={}", setup.kernel.cc))
         .arg(format!("-j{}", jobs()))
         .args(more)
-        .arg("modules")
-        .stdin(Stdio::null())
-        // What the compiler says belongs to the person who wrote the code; standard output is not for it.
-        .stdout(std::io::stderr());
-    let what = "building the driver";
-    let status = spawn(make)
-        .and_then(|mut child| child.wait())
-        .map_err(Error::io(what))?;
-    if !status.success() {
-        return Err(Error::Shown {
-            what: what.to_owned(),
-            status,
-        });
+        .arg("modules");
+    let log = paths.build().join("module.log");
+    paths::remove(&log)?;
+    let made = run_logged(make, what, &log);
+    // What the compiler says belongs to the person who wrote the code, all of it.
+    let said = fs::read(&log).map_err(Error::io(log.display().to_string()))?;
+    let said = String::from_utf8_lossy(&said);
+    let worth_reading: Vec<&str> = said
+        .lines()
+        .filter(|line| !line.starts_with(NO_BTF))
+        .collect();
+    match made {
+        Ok(()) => step.done(),
+        Err(_) => drop(step),
     }
-    step.done();
-    Ok(())
+    for line in worth_reading {
+        eprintln!("{line}");
+    }
+    made.map_err(|error| match error {
+        Error::Tool { what, status, .. } => Error::Shown { what, status },
+        other => other,
+    })
 }

@@ -68,6 +68,10 @@ impl Apt {
         Ok(apt)
     }
 
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Downloads packages with all that they depend on; returns the archives.
     pub(crate) fn download_with_dependencies(&self, packages: &[String]) -> Result<Vec<PathBuf>> {
         let archives = self.folder.join("cache/archives");

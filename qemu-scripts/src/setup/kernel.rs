@@ -21,7 +21,7 @@ use crate::{
         step::Step,
         toolbox::{Toolbox, unpack},
     },
-    versions::{self, VERSIONS},
+    versions::VERSIONS,
 };
 
 /// Parts of the source that no module build reads.
@@ -124,10 +124,8 @@ impl Kernel {
 
 /// The step that makes Debian's kernel ready; it depends on the toolbox.
 pub(crate) fn step(cache: &Path, toolbox: &Step) -> Step {
-    Step::new(
-        cache.join("kernel"),
-        &[versions::TEXT, &LEFT_OUT.join("\n"), toolbox.stamp()],
-    )
+    let fixed = format!("{:#?}{LEFT_OUT:#?}", VERSIONS.kernel);
+    Step::new(cache.join("kernel"), &[&fixed, toolbox.stamp()])
 }
 
 /// The kernel that the options ask for; Debian's is the one in `folder`.

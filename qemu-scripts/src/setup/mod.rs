@@ -101,7 +101,9 @@ fn fill(toolbox_step: &Step, kernel_step: &Step, toolbox: &Toolbox, paths: &Path
         step.done();
         Ok(())
     })?;
-    kernel_step.ensure(|folder| kernel::fill(folder, toolbox, &apt, &log))
+    kernel_step.ensure(|folder| kernel::fill(folder, toolbox, &apt, &log))?;
+    // Lists and archives are of use only to a set-up that was interrupted.
+    paths::remove(apt.folder())
 }
 
 /// Free space where the cache is, and what a set-up from nothing needs, in MiB.

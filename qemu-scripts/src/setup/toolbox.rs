@@ -22,7 +22,7 @@ use crate::{
     Error, Result, paths,
     process::{bound, on_path, output, run_logged_from, spawn},
     setup::{apt::Apt, step::Step},
-    versions::{self, VERSIONS},
+    versions::VERSIONS,
 };
 
 /// Left out when unpacking: nothing here reads them, and they are two thirds of the whole.
@@ -134,15 +134,9 @@ impl Toolbox {
 
 /// The step that makes the Debian toolbox.
 pub(crate) fn step(cache: &Path) -> Step {
-    Step::new(
-        cache.join("toolbox"),
-        &[
-            versions::TEXT,
-            ENTER,
-            &LEFT_OUT.join("\n"),
-            &format!("{LINKS:?}"),
-        ],
-    )
+    let versions = format!("{:#?}{:#?}", VERSIONS.debian, VERSIONS.toolbox);
+    let fixed = format!("{LEFT_OUT:#?}{LINKS:#?}");
+    Step::new(cache.join("toolbox"), &[&versions, &fixed, ENTER])
 }
 
 /// Fills the toolbox's folder.
