@@ -221,11 +221,13 @@ fn check_range(address: u64, length: u64) -> Result<Range<usize>> {
     Ok(address as usize..end as usize)
 }
 
-/// Rounded up, so that nobody waits for less than asked.
+/// Rounded up, with one more for the one that has begun, so that nobody waits for less than asked.
 fn to_jiffies(nanoseconds: u64) -> Jiffies {
-    const LONGEST_MS: u64 = 1 << 31;
-    let milliseconds = nanoseconds.div_ceil(1_000_000).min(LONGEST_MS);
-    msecs_to_jiffies(milliseconds as u32)
+    const LONGEST_MS: u64 = 1 << 30;
+    match nanoseconds.div_ceil(1_000_000).min(LONGEST_MS) {
+        0 => 0,
+        milliseconds => msecs_to_jiffies(milliseconds as u32) + 1,
+    }
 }
 
 fn read_from_user<T: FromBytes + IntoBytes + Immutable>(arg: usize) -> Result<T> {

@@ -103,7 +103,10 @@ impl Limits {
             && u64::from(config.max_copy_run.get()) >= HUGE_PAGE_SIZE
             && config.max_contexts.get() > 0;
         if !usable {
-            dev_err!(device, "the device's limits are too small for this driver: {config:?}\n");
+            dev_err!(
+                device,
+                "the device's limits are too small for this driver: {config:?}\n"
+            );
             return Err(ENODEV);
         }
         Ok(Self {
@@ -367,11 +370,14 @@ impl Gpu {
         tolerated: Status,
     ) -> Result<Option<u64>> {
         self.reachable()?;
-        let result = self.control.control(batch).and_then(|(status, reply)| match status {
-            Status::Ok => Ok(Some(reply.value.get())),
-            status if status == tolerated => Ok(None),
-            _ => Err(EIO),
-        });
+        let result = self
+            .control
+            .control(batch)
+            .and_then(|(status, reply)| match status {
+                Status::Ok => Ok(Some(reply.value.get())),
+                status if status == tolerated => Ok(None),
+                _ => Err(EIO),
+            });
         self.exchanged("a control request failed", result)
     }
 
@@ -537,7 +543,9 @@ impl Gpu {
     /// Writes what debugfs shows.
     pub(crate) fn write_stats(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
         crate::stats::write_lines(&self.counters.read(), f)?;
-        let contexts = (0..self.limits.max_contexts).filter(|&c| self.space(c).is_some()).count();
+        let contexts = (0..self.limits.max_contexts)
+            .filter(|&c| self.space(c).is_some())
+            .count();
         let vram = self.vram.pages();
         writeln!(f, "contexts {contexts}")?;
         writeln!(f, "vram_pages {vram}")?;

@@ -17,6 +17,7 @@ mod file;
 mod gpu;
 mod kapi;
 mod queue;
+mod sort;
 mod stats;
 mod svm;
 #[path = "lib/src/uapi.rs"]

@@ -12,7 +12,7 @@
 
 use kernel::{new_spinlock, page::PAGE_SHIFT, prelude::*, sync::SpinLock};
 
-use crate::kapi::pagemap::DevicePage;
+use crate::{kapi::pagemap::DevicePage, sort::sort_by_key};
 use farfault_protocol::address::VramAddr;
 
 /// log2 of [`BLOCK_PAGES`]: the order of a huge folio.
@@ -189,10 +189,9 @@ impl Drop for Reservation<'_> {
     }
 }
 
-/// A data page and the virtual address that it was put at.
+/// A data page, by the virtual address that it was put at.
 #[derive(Clone, Copy)]
 pub(crate) struct Resident {
-    pub(crate) page: VramPage,
     pub(crate) address: usize,
 }
 
@@ -237,14 +236,13 @@ impl Victim<'_> {
         for slot in (0..BLOCK_PAGES).filter(|&slot| block.is_used(slot)) {
             let number = self.index * BLOCK_PAGES + slot;
             let resident = Resident {
-                page: VramPage(number as u32),
                 address: state.addresses.get(number).copied().unwrap_or(0) as usize,
             };
             // There is room for a whole block.
             let _ = into.push_within_capacity(resident);
         }
         drop(state);
-        into.sort_unstable_by_key(|r| r.address);
+        sort_by_key(into, |resident| resident.address);
         Ok(())
     }
 

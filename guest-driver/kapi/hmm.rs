@@ -26,10 +26,10 @@ use kernel::{
     prelude::*,
 };
 
-const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID as usize;
-const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE as usize;
-const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR as usize;
-const ORDER_SHIFT: usize = bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT as usize;
+const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID;
+const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE;
+const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR;
+const ORDER_SHIFT: usize = bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT;
 const FRAME: usize = (1 << ORDER_SHIFT) - 1;
 
 /// What the CPU's page tables say about one page; before, what is wanted of it.
@@ -41,7 +41,7 @@ impl HmmPfn {
     /// Nothing is there; nothing is wanted.
     pub(crate) const NONE: Self = Self(0);
 
-    /// For [`Request::PerPage`]: fault the page in for loads, or for stores too.
+    /// What is wanted of a page: fault the page in for loads, or for stores too.
     pub(crate) fn request(fault: bool, write: bool) -> Self {
         match (fault, write) {
             (_, true) => Self(VALID | WRITE),
@@ -85,33 +85,9 @@ impl HmmPfn {
     }
 }
 
-/// What is wanted of the pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Request {
-    /// Nothing: only look.
-    Snapshot,
-    /// All are faulted in for loads.
-    Read,
-    /// All are faulted in for stores.
-    Write,
-    /// What each entry of the array says, see [`HmmPfn::request`].
-    PerPage,
-}
-
-impl Request {
-    /// Default flags, and which flags of the array count.
-    fn flags(self) -> (usize, usize) {
-        match self {
-            Self::Snapshot => (0, 0),
-            Self::Read => (VALID, 0),
-            Self::Write => (VALID | WRITE, 0),
-            Self::PerPage => (0, VALID | WRITE),
-        }
-    }
-}
-
 impl<T: IntervalOps> IntervalNotifier<T> {
-    /// Looks at the pages of `range`, one try. `lock` is of the notifier's address space; device
+    /// Looks at the pages of `range`, one try; `pfns` has what is wanted of each
+    /// ([`HmmPfn::request`]). `lock` is of the notifier's address space; device
     /// pages of `owner` are left where they are, those of others faulted home if a page is wanted.
     ///
     /// Fails with `EBUSY` (it changed meanwhile: try again, with a bound), `EFAULT` or `EPERM` (not
@@ -123,7 +99,6 @@ impl<T: IntervalOps> IntervalNotifier<T> {
         &'a self,
         lock: &MmapLock<'_>,
         range: Range<usize>,
-        request: Request,
         owner: Owner,
         pfns: &'a mut [HmmPfn],
     ) -> Result<Snapshot<'a, T>> {
@@ -132,7 +107,6 @@ impl<T: IntervalOps> IntervalNotifier<T> {
             return Err(EINVAL);
         }
         let pfns = pfns.get_mut(..len >> PAGE_SHIFT).ok_or(EINVAL)?;
-        let (default_flags, pfn_flags_mask) = request.flags();
         let sequence = self.read_begin();
         let mut hmm_range = bindings::hmm_range {
             notifier: self.as_raw(),
@@ -140,8 +114,8 @@ impl<T: IntervalOps> IntervalNotifier<T> {
             start: range.start,
             end: range.end,
             hmm_pfns: pfns.as_mut_ptr().cast(),
-            default_flags,
-            pfn_flags_mask,
+            default_flags: 0,
+            pfn_flags_mask: VALID | WRITE,
             dev_private_owner: owner.as_ptr(),
         };
         // SAFETY: The notifier is registered, its mmap lock held, and the array as long as the range.

@@ -14,7 +14,6 @@
 //!
 //! C header: `include/linux/mmu_notifier.h`.
 
-use super::pagemap::Owner;
 use crate::bindings;
 use core::{
     marker::PhantomData,
@@ -107,13 +106,6 @@ impl Invalidation<'_> {
     pub(crate) fn blockable(&self) -> bool {
         // SAFETY: A valid range.
         unsafe { bindings::farfault_c_mmu_notifier_range_blockable(self.range) }
-    }
-
-    /// Whether a migration of the pagemap `owner` is the cause.
-    pub(crate) fn is_from(&self, owner: Owner) -> bool {
-        // The core sets `owner` for these events only.
-        matches!(self.event(), Event::Migrate | Event::Exclusive)
-            && self.range.owner == owner.as_ptr()
     }
 }
 
@@ -231,9 +223,8 @@ impl<T: IntervalOps> IntervalNotifier<T> {
         // SAFETY: By the function's contract; the removal in drop waits for this call.
         let this = unsafe { &*container_of!(Opaque::cast_from(sub).cast_mut(), Self, sub) };
         // SAFETY: By the function's contract.
-        let invalidation = Invalidation {
-            range: unsafe { &*range },
-        };
+        let range = unsafe { &*range };
+        let invalidation = Invalidation { range };
         if this.data.ignore(&invalidation) {
             return true;
         }

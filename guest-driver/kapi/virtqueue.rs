@@ -389,19 +389,11 @@ impl<T> Virtqueue<T> {
         if !self.slot.reset.load(Acquire) {
             return None;
         }
-        // SAFETY: The ring is there, its device is reset; `&mut self` serialises.
         let raw = self
             .slot
+            // SAFETY: The ring is there, its device is reset; `&mut self` serialises.
             .with_ring(|ring| unsafe { bindings::virtqueue_detach_unused_buf(ring) })?;
         Self::from_ring(raw)
-    }
-
-    /// Whether the queue works no longer: the device broke its rules, was reset, or is gone.
-    pub(crate) fn is_broken(&self) -> bool {
-        self.slot
-            // SAFETY: The ring is there; reads one flag.
-            .with_ring(|ring| unsafe { bindings::virtqueue_is_broken(ring) })
-            .unwrap_or(true)
     }
 
     /// Free descriptors. A transfer takes two at most.

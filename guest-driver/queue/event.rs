@@ -7,7 +7,7 @@
 
 use crate::kapi::{
     spinlock_irq::{new_spinlock_irq, SpinLockIrq},
-    virtqueue::{Queues, QueueHandler, Transfer, Virtqueue},
+    virtqueue::{QueueHandler, Queues, Transfer, Virtqueue},
 };
 use farfault_protocol::event::{
     ErrorEvent, EventHeader, EventKind, FaultEvent, FenceEvent, EVENT_SIZE,

@@ -219,8 +219,7 @@ impl Channel {
     /// Sends one submit command and returns its status.
     fn submit(&self, request: &mut Request) -> Result<Status> {
         self.call(request)?;
-        let (reply, _) =
-            submit::Reply::read_from_prefix(request.reply()).map_err(|_| EIO)?;
+        let (reply, _) = submit::Reply::read_from_prefix(request.reply()).map_err(|_| EIO)?;
         Status::from_raw(reply.status.get()).ok_or(EIO)
     }
 
@@ -241,8 +240,7 @@ impl Channel {
     /// Starts a job. `EAGAIN`: the device has no room for it now. `EINVAL`: it does not like an
     /// argument.
     pub(crate) fn launch(&self, launch: &submit::Launch) -> Result {
-        let mut request =
-            Request::new(size_of::<submit::Launch>(), size_of::<submit::Reply>())?;
+        let mut request = Request::new(size_of::<submit::Launch>(), size_of::<submit::Reply>())?;
         let bytes = request.bytes()?;
         bytes.extend_from_slice(launch.as_bytes(), GFP_KERNEL)?;
         match self.submit(&mut request)? {

@@ -56,9 +56,10 @@ impl AdviceMap {
             }
             // Neighbours of one kind are one range.
             match kept.last_mut() {
-                Some(Advised { range: last, advice: same })
-                    if last.end == range.start && *same == advice =>
-                {
+                Some(Advised {
+                    range: last,
+                    advice: same,
+                }) if last.end == range.start && *same == advice => {
                     last.end = range.end;
                     Ok(())
                 }

@@ -20,10 +20,7 @@ use crate::{
     vram::{Reservation, Resident, Victim, BLOCK_PAGES},
 };
 use farfault_protocol::{address::GpuVa, command::Status};
-use kernel::{
-    page::PAGE_SIZE,
-    prelude::*,
-};
+use kernel::{page::PAGE_SIZE, prelude::*};
 
 /// Blocks sent home for one reservation.
 const MOST_EVICTIONS: usize = 8;

@@ -11,11 +11,8 @@
 
 use super::{residence::Pagemap, Service, Space, REGION_BYTES};
 use crate::{
-    kapi::{
-        hmm::{HmmPfn, Request},
-        mm::MmapLock,
-        trace,
-    },
+    kapi::{hmm::HmmPfn, mm::MmapLock, trace},
+    sort::sort_by_key,
     svm::page_table::{Entries, Supplies},
     uapi::Advice,
     vram::{VramPage, BLOCK_ORDER, BLOCK_PAGES},
@@ -51,10 +48,6 @@ pub(super) struct Fault {
 }
 
 impl Fault {
-    fn wants_write(&self) -> bool {
-        self.access != Access::Read
-    }
-
     /// Begin of its region.
     fn region(&self) -> usize {
         self.page & !(REGION_BYTES - 1)
@@ -173,7 +166,7 @@ impl Space {
             }
             return (faults, false);
         };
-        faults.sort_unstable_by_key(|f| f.page);
+        sort_by_key(&mut faults, |fault| fault.page);
         let (mapped, beyond) = faults.split_at(faults.partition_point(|f| f.page < ADDRESS_LIMIT));
         for fault in beyond {
             let _ = service.failed.push_within_capacity(fault.sequence);
@@ -197,7 +190,7 @@ impl Space {
         through: Option<u64>,
     ) -> bool {
         self.place(service, mm, faults);
-        let replayed = match self.map_faults(service, mm, faults, through) {
+        match self.map_faults(service, mm, faults, through) {
             Ok(replayed) => {
                 self.trace_fault(faults, 0);
                 replayed
@@ -220,8 +213,7 @@ impl Space {
                 }
                 false
             }
-        };
-        replayed
+        }
     }
 
     fn trace_fault(&self, faults: &[Fault], result: i32) {
@@ -245,7 +237,10 @@ impl Space {
         let end = last.page + PAGE_SIZE;
         let Ok(map) = self.gpu.pagemap() else { return };
         // What is where now; a hint that may be out of date when it is used.
-        let known = self.look(mm, &map, region..end, &mut service.pfns).is_ok();
+        let mut known = self.look(mm, &map, region..end, &mut service.pfns).is_ok();
+        if known && self.break_sharing(service, mm, &map, faults) {
+            known = self.look(mm, &map, region..end, &mut service.pfns).is_ok();
+        }
         let mut done = region;
         for fault in faults {
             if fault.page < done {
@@ -280,6 +275,45 @@ impl Space {
         }
     }
 
+    /// Makes pages that the GPU wants to write writable for the CPU, where they are not. Moved as they
+    /// are, a page shared with a child would come home again to be copied. Returns whether there were
+    /// any.
+    fn break_sharing(
+        &self,
+        service: &mut Service,
+        mm: &MmWithUser,
+        map: &Pagemap,
+        faults: &[Fault],
+    ) -> bool {
+        let mut shared = false;
+        let mut huge_in_vram = false;
+        let wanted = Wanted::of(faults);
+        for (index, pfn) in service.pfns.iter_mut().enumerate() {
+            let write = wanted.access(index).is_some_and(|a| a != Access::Read);
+            let is_shared = write && pfn.is_valid() && !pfn.is_error() && !pfn.is_writable();
+            let in_vram = pfn.pfn().is_some_and(|pfn| map.lookup(pfn).is_some());
+            shared |= is_shared;
+            huge_in_vram |= is_shared && in_vram && pfn.order() >= BLOCK_ORDER;
+            *pfn = HmmPfn::request(is_shared, is_shared);
+        }
+        let (Some(first), true) = (faults.first(), shared) else {
+            return false;
+        };
+        let region = first.region();
+        if huge_in_vram {
+            // mm does not copy part of a huge page of VRAM where it is.
+            let all = region..region + REGION_BYTES;
+            let _ = self.to_ram(&mut service.migration, mm, all, trace::Cause::GpuFault);
+        }
+        let lock = MmapLock::read(mm);
+        let range = region..region + (wanted.end() << PAGE_SHIFT);
+        // Where it fails, the attempt to map fails, and says why.
+        let _ = self
+            .mirror
+            .range_fault(&lock, range, map.owner(), &mut service.pfns);
+        true
+    }
+
     /// A snapshot without faults, to be believed by nobody who must be right.
     pub(super) fn look(
         &self,
@@ -291,7 +325,7 @@ impl Space {
         pfns.iter_mut().for_each(|p| *p = HmmPfn::NONE);
         let lock = MmapLock::read(mm);
         self.mirror
-            .range_fault(&lock, range, Request::PerPage, map.owner(), pfns)
+            .range_fault(&lock, range, map.owner(), pfns)
             .map(|_| ())
     }
 
@@ -403,7 +437,6 @@ impl Space {
         let snapshot = self.mirror.range_fault(
             &lock,
             region..region + (count << PAGE_SHIFT),
-            Request::PerPage,
             map.owner(),
             &mut service.pfns,
         )?;
@@ -483,7 +516,11 @@ fn leaf(map: &Pagemap, pfn: HmmPfn, write: bool) -> Option<Pte> {
             (Location::System(address), pfn.is_writable() && write)
         }
     };
-    let flags = if writable { Pte::WRITABLE | Pte::ATOMIC } else { 0 };
+    let flags = if writable {
+        Pte::WRITABLE | Pte::ATOMIC
+    } else {
+        0
+    };
     Some(Pte::leaf(location, flags))
 }
 

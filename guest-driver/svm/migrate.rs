@@ -92,20 +92,28 @@ impl Space {
         let started = Instant::<Monotonic>::now();
         let map = self.gpu.pagemap()?;
         // Before the mmap lock is taken: it may bring pages of other processes home.
-        let mut room = self.gpu.make_room(self.context, range.len() >> PAGE_SHIFT)?;
+        let mut room = self
+            .gpu
+            .make_room(self.context, range.len() >> PAGE_SHIFT)?;
         let lock = MmapLock::read(mm);
         let vma = lock.vma_lookup(range.start).ok_or(EFAULT)?;
         if !vma.is_anonymous() || !vma.can_migrate() {
             return Ok(0);
         }
         let range = range.start..range.end.min(vma.end());
-        let mut collected =
-            Collected::system_to_device(&vma, range.clone(), map.owner(), scratch)?;
+        let mut collected = Collected::system_to_device(&vma, range.clone(), map.owner(), scratch)?;
         let mut copies = CopyList::new(PMD_PAGES, self.gpu.limits.max_copy_run)?;
         let mut index = 0;
         while let Some(entry) = collected.next_entry(index) {
             index = entry.index + (1 << entry.order);
-            upload(&self.gpu, &map, &mut collected, entry, &mut room, &mut copies)?;
+            upload(
+                &self.gpu,
+                &map,
+                &mut collected,
+                entry,
+                &mut room,
+                &mut copies,
+            )?;
         }
         self.gpu.copy(copies)?;
         let migrated = collected.pages();

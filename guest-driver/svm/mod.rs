@@ -43,13 +43,7 @@ use self::{
 };
 use crate::{
     gpu::Gpu,
-    kapi::{
-        folio::PMD_SIZE,
-        hmm::HmmPfn,
-        migrate::Scratch,
-        mm,
-        mmu_interval::IntervalNotifier,
-    },
+    kapi::{folio::PMD_SIZE, hmm::HmmPfn, migrate::Scratch, mm, mmu_interval::IntervalNotifier},
     queue::Batch,
     stats::Counters,
     uapi,

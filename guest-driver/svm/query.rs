@@ -5,10 +5,7 @@
 
 use super::{Service, Space, REGION_BYTES};
 use crate::{
-    kapi::{
-        hmm::{HmmPfn, Request},
-        mm::MmapLock,
-    },
+    kapi::{hmm::HmmPfn, mm::MmapLock},
     uapi,
     vram::{VramPage, BLOCK_ORDER},
 };
@@ -61,7 +58,11 @@ impl Space {
                 Err(e) if e == EBUSY => continue,
                 result => result?,
             }
-            let pages = service.pfns.iter().skip(first).take(range.len() >> PAGE_SHIFT);
+            let pages = service
+                .pfns
+                .iter()
+                .skip(first)
+                .take(range.len() >> PAGE_SHIFT);
             return Ok(pages
                 .filter(|p| p.is_valid() && !p.is_error())
                 .filter_map(|p| map.lookup(p.pfn()?))
@@ -89,7 +90,6 @@ impl Space {
             let snapshot = self.mirror.range_fault(
                 &lock,
                 region(range.start)..range.end,
-                Request::PerPage,
                 map.owner(),
                 &mut service.pfns,
             );
@@ -115,7 +115,9 @@ impl Space {
             }
             tables.batch.clear();
             let start = GpuVa::new(range.start as u64);
-            tables.batch.read_ptes(self.context, start, pages.len() as u32)?;
+            tables
+                .batch
+                .read_ptes(self.context, start, pages.len() as u32)?;
             self.gpu.control(&mut tables.batch)?;
             for (page, pte) in pages.iter_mut().zip(tables.batch.ptes()) {
                 set_gpu(page, pte);

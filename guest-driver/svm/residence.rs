@@ -10,11 +10,7 @@ use crate::{
         trace::{self, Cause, Direction},
     },
 };
-use kernel::{
-    page::PAGE_SIZE,
-    prelude::*,
-    sync::Arc,
-};
+use kernel::{page::PAGE_SIZE, prelude::*, sync::Arc};
 
 /// The pages of one GPU's VRAM.
 pub(crate) type Pagemap = DevicePagemap<Residence>;
