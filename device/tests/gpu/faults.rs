@@ -240,6 +240,27 @@ fn overflow_loses_nothing() {
 }
 
 #[test]
+fn contexts_take_turns_for_the_buffers_after_an_overflow() {
+    let mut rig = rig_without_buffers();
+    rig.create_context(2);
+    for context in [1, 2] {
+        rig.launch(context, 1, Kernel::Sum, &[VA, 4 * PAGE], 4);
+    }
+    rig.run();
+    // The first is for the note.
+    rig.gpu.post_event_buffers(1 + 4);
+    rig.take_events();
+    rig.run();
+    let faults = rig.take_faults();
+    let contexts: Vec<_> = faults.iter().map(|f| f.header.context.get()).collect();
+    assert_eq!(
+        contexts.iter().filter(|&&c| c == 1).count(),
+        2,
+        "{contexts:?}"
+    );
+}
+
+#[test]
 fn fences_wait_for_buffers_and_get_them_first() {
     let mut rig = rig_without_buffers();
     rig.map(1, VA, vram(0), 1, RW);
@@ -353,6 +374,22 @@ fn cancel_of_a_store_lets_a_load_of_the_same_page_try_itself() {
     assert_failed(&rig.take_fence(), VA, Access::Write, FaultCause::NotPresent);
     rig.run();
     assert_eq!(rig.take_result(2), 8);
+}
+
+#[test]
+fn cancel_lets_no_wave_of_the_failing_job_go_on() {
+    let mut rig = rig();
+    // Three waves, of which the first stores to the page that the second loads from.
+    rig.map(1, VA - PAGE, vram(0), 1, RW);
+    rig.map(1, VA + PAGE, vram(PAGE), 2, RW);
+    rig.launch(1, 1, Kernel::Copy, &[VA, VA - PAGE, 3 * PAGE], 3);
+    let third = rig.gpu.next_work().unwrap();
+    let faults = rig.take_faults();
+    assert_eq!(rig.gpu.stats().faults.merged, 1);
+    rig.control_ok(&cancel(1, faults[0].sequence.get()));
+    assert!(rig.gpu.next_work().is_none(), "the second wave goes on");
+    rig.finish(third);
+    assert_failed(&rig.take_fence(), VA, Access::Write, FaultCause::NotPresent);
 }
 
 #[test]

@@ -106,7 +106,7 @@ fn pointer_chase_follows_pointers_over_pages_and_back() {
     // The low bits are ignored, as is the rest of the last word.
     let hops = [
         (0, 40),
-        (40, 8),
+        (40, 8 + 5),
         (8, PAGE + 16 + 3),
         (PAGE + 16, 64 * PAGE),
         (64 * PAGE, 0),

@@ -8,7 +8,7 @@ use farfault_protocol::{
     pte::Location,
 };
 use proptest::{collection::vec, prelude::*, sample::select};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const VRAM: u64 = 4 << 20;
 /// Tables are in the first pages: few enough for loops to be common.
@@ -87,6 +87,37 @@ fn address() -> impl Strategy<Value = u64> {
     let low = (index(), index(), index(), index(), 0..0x1000u64)
         .prop_map(|(a, b, c, d, o)| a << 39 | b << 30 | c << 21 | d << 12 | o);
     prop_oneof![9 => low, 1 => any::<u64>()]
+}
+
+#[test]
+fn entry_cleared_by_the_driver_during_walks_stays_clear() {
+    let vram = Vram::new(VRAM).unwrap();
+    let word = |at| vram.word(VramAddr::new(at)).unwrap();
+    for (entry, table) in [(ROOT, 0x2000), (0x2000, 0x3000), (0x3000, 0x4000)] {
+        word(entry).store(table | 1, Ordering::Relaxed);
+    }
+    let leaf = word(0x4000);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let _ = walk::translate(&vram, VramAddr::new(ROOT), GpuVa::new(0), Access::Read);
+            }
+        });
+        // The times differ, for the walk to be anywhere.
+        let wait = |times| (0..times).for_each(|_| std::hint::spin_loop());
+        for round in 0..100_000 {
+            leaf.store(3, Ordering::SeqCst);
+            wait(round % 61);
+            leaf.store(0, Ordering::SeqCst);
+            wait(100);
+            if leaf.load(Ordering::SeqCst) != 0 {
+                done.store(true, Ordering::Relaxed);
+                panic!("a walk wrote to an entry that is not valid");
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
 }
 
 proptest! {

@@ -58,6 +58,20 @@ fn invalidate_does_not_wait_for_other_ranges_or_contexts() {
 }
 
 #[test]
+fn invalidate_of_more_than_the_access_waits_for_it() {
+    for (start, length) in [(VA - 2 * MIB, 4 * MIB), (VA - PAGE, 2 * PAGE), (0, 1 << 48)] {
+        let mut rig = rig();
+        rig.launch(0, 1, Kernel::Sum, &[VA + 8, 8], 1);
+        let work = next(&mut rig);
+        rig.control_ok(&invalidate(0, VA - PAGE, PAGE));
+        let (tag, now) = rig.try_control(&invalidate(0, start, length));
+        assert_eq!(now, None, "{start:#x}");
+        rig.finish(work);
+        assert!(rig.late(tag).is_some());
+    }
+}
+
+#[test]
 fn both_ends_of_a_copy_are_held() {
     for page in [0, 4] {
         let mut rig = rig();
