@@ -10,12 +10,12 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The system refused something.
-    #[error("{what}: {source}")]
+    #[error("{what}: {answer}")]
     Io {
         /// What was tried, on what.
         what: String,
         /// The system's answer.
-        source: io::Error,
+        answer: io::Error,
     },
     /// Something outside is missing or unfit, and somebody can mend it.
     #[error("{what}\n  to mend it: {mend}")]
@@ -77,9 +77,9 @@ impl Error {
     /// For `map_err` on the results of the standard library and of rustix.
     pub(crate) fn io<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
         let what = what.into();
-        move |source| Self::Io {
+        move |answer| Self::Io {
             what,
-            source: source.into(),
+            answer: answer.into(),
         }
     }
 

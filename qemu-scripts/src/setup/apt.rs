@@ -39,7 +39,11 @@ impl Apt {
             folder: folder.to_path_buf(),
             log,
         };
-        for part in ["state/lists/partial", "cache/archives/partial"] {
+        for part in [
+            "state/lists/partial",
+            "cache/archives/partial",
+            "none/partial",
+        ] {
             paths::create_dir(&folder.join(part))?;
         }
         let debian = &VERSIONS.debian;
@@ -75,13 +79,15 @@ impl Apt {
     /// Downloads packages with all that they depend on; returns the archives.
     pub(crate) fn download_with_dependencies(&self, packages: &[String]) -> Result<Vec<PathBuf>> {
         let archives = self.folder.join("cache/archives");
-        // What an earlier version of the list asked for must not get into the result.
+        // Only what belongs to this list may get into the result, not what an earlier one has left; and apt lists what it
+        // would download, so for the whole list it must not see what it has.
+        let none = format!(
+            "Dir::Cache::archives={}",
+            self.folder.join("none").display()
+        );
+        let options = ["-q", "-y", "-o", &none, "--print-uris", "install"];
         let listed = output(
-            self.command(
-                ["-q", "-y", "--print-uris", "install"]
-                    .iter()
-                    .chain(&as_str(packages)),
-            ),
+            self.command(options.iter().chain(&as_str(packages))),
             "resolving packages",
         );
         let listed = listed.map_err(|error| self.outdated(&error))?;

@@ -40,6 +40,7 @@ const LINKS: [(&str, &str); 1] = [("mawk", "usr/bin/awk")];
 
 /// Runs as process 1 of the new namespaces: ROOT, folders to bind, `--`, the working folder, and the command.
 const ENTER: &str = r#"
+PATH=$PATH:/usr/sbin:/sbin
 root=$1; shift
 mount --rbind /dev "$root/dev"
 mount -t proc proc "$root/proc" 2>/dev/null || mount --rbind /proc "$root/proc"
