@@ -58,25 +58,52 @@ pub fn all(options: &Options) -> Vec<Check> {
                 result: cache(options),
             });
         }
-        ToolboxChoice::Host => {
-            let tools = toolbox::check(&Toolbox::Host).map(|()| "rustc and QEMU fit".to_owned());
-            checks.push(Check {
-                name: "host's tools",
-                result: tools,
-            });
-            let found =
-                kernel::find(options, &Toolbox::Host, Path::new("")).map(|kernel| kernel.release);
-            checks.push(Check {
-                name: "host's kernel",
-                result: found,
-            });
-        }
+        ToolboxChoice::Host => checks.extend(host(options)),
     }
     checks.push(Check {
         name: "accelerator",
         result: accelerator(options),
     });
     checks
+}
+
+/// What the host must have where it is the toolbox.
+fn host(options: &Options) -> Vec<Check> {
+    let build = ["make", "gcc", "bindgen", "flex", "bison", "bc", "busybox"];
+    let kernel = kernel::find(options, &Toolbox::Host, Path::new(""));
+    vec![
+        Check {
+            name: "host's build tools",
+            result: tools(&build, "install them, or use --toolbox debian"),
+        },
+        Check {
+            name: "host's rustc",
+            result: toolbox::check_rustc(&Toolbox::Host),
+        },
+        Check {
+            name: "host's QEMU",
+            result: toolbox::check_qemu(&Toolbox::Host),
+        },
+        Check {
+            name: "host's kernel",
+            result: kernel.map(|kernel| kernel.release),
+        },
+    ]
+}
+
+/// Can the host be the toolbox?
+pub(crate) fn host_fits(options: &Options) -> Result<()> {
+    let failed = host(options)
+        .into_iter()
+        .filter_map(|check| check.result.err());
+    let lines: Vec<String> = failed.map(|error| error.to_string()).collect();
+    if lines.is_empty() {
+        return Ok(());
+    }
+    Err(Error::vm(format!(
+        "this machine cannot be the toolbox itself:\n{}",
+        lines.join("\n")
+    )))
 }
 
 fn processor() -> Result<String> {

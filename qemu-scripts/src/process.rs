@@ -113,7 +113,7 @@ pub fn output(mut command: Command, what: &str) -> Result<String> {
     let details = String::from_utf8_lossy(&output.stderr).into_owned();
     Err(Error::Vm {
         what: format!("{what} failed ({})", output.status),
-        details,
+        details: last_lines(&details),
     })
 }
 

@@ -14,7 +14,7 @@ pub use toolbox::Toolbox;
 pub(crate) use step::{Lock, Step};
 
 use crate::{
-    Error, Options, Paths, Result, ToolboxChoice, paths,
+    Error, Options, Paths, Result, ToolboxChoice, checks, paths,
     process::on_path,
     progress::{self, Progress},
     versions::VERSIONS,
@@ -42,7 +42,7 @@ pub fn ensure(options: &Options, paths: &Paths) -> Result<Setup> {
         ));
     }
     if options.toolbox == ToolboxChoice::Host {
-        toolbox::check(&Toolbox::Host)?;
+        checks::host_fits(options)?;
         let kernel = kernel::find(options, &Toolbox::Host, Path::new(""))?;
         return Ok(Setup {
             toolbox: Toolbox::Host,

@@ -148,50 +148,48 @@ pub(crate) fn fill(root: &Path, apt: &Apt, log: &Path) -> Result<()> {
         symlink(target, root.join(link))
             .map_err(Error::io(format!("linking {link} in the toolbox")))?;
     }
-    check(&Toolbox::Debian(root.to_path_buf()))?;
+    let toolbox = Toolbox::Debian(root.to_path_buf());
+    check_rustc(&toolbox)?;
+    check_qemu(&toolbox)?;
     for archive in archives {
         paths::remove(&archive)?;
     }
     Ok(())
 }
 
-/// Do the tools run, and are they the right ones?
-///
-/// # Errors
-/// The first that does not or is not, with what to do.
-pub fn check(toolbox: &Toolbox) -> Result<()> {
-    let wanted = &VERSIONS.toolbox;
+/// Is rustc the one that the kernel was built with?
+pub(crate) fn check_rustc(toolbox: &Toolbox) -> Result<String> {
+    let wanted = &VERSIONS.toolbox.rustc;
     let mut command = toolbox.command("rustc", Path::new("/"), &[]);
     command.arg("--version");
-    let rustc = output(command, "rustc of the toolbox")?;
-    if rustc.split_whitespace().nth(1) != Some(&wanted.rustc) {
-        return Err(Error::unfit(
-            format!(
-                "rustc of the toolbox is {}, not the kernel's {}",
-                rustc.trim(),
-                wanted.rustc
-            ),
-            "set the versions in qemu-scripts/versions.toml so that they fit each other",
-        ));
+    let found = output(command, "rustc for the kernel's modules")?;
+    if found.split_whitespace().nth(1) == Some(wanted) {
+        return Ok(found.trim().to_owned());
     }
-    let qemu = qemu_version(toolbox)?;
-    if !is_at_least(&qemu, &wanted.qemu) {
-        return Err(Error::unfit(
-            format!(
-                "QEMU is {qemu}; its generic vhost-user device came with {}",
-                wanted.qemu
-            ),
-            "install a newer QEMU, or use --toolbox debian",
-        ));
+    Err(Error::unfit(
+        format!(
+            "rustc for the kernel's modules is {}, not {wanted}",
+            found.trim()
+        ),
+        "use --toolbox debian, or put the versions in qemu-scripts/versions.toml right",
+    ))
+}
+
+/// Has QEMU the device that the GPU needs?
+pub(crate) fn check_qemu(toolbox: &Toolbox) -> Result<String> {
+    let wanted = &VERSIONS.toolbox.qemu;
+    let found = qemu_version(toolbox)?;
+    if is_at_least(&found, wanted) {
+        return Ok(found);
     }
-    Ok(())
+    Err(Error::unfit(
+        format!("QEMU is {found}; its generic vhost-user device came with {wanted}"),
+        "use --toolbox debian, or install a newer QEMU",
+    ))
 }
 
 /// The version that QEMU says it has.
-///
-/// # Errors
-/// QEMU does not run.
-pub fn qemu_version(toolbox: &Toolbox) -> Result<String> {
+fn qemu_version(toolbox: &Toolbox) -> Result<String> {
     let line = toolbox.qemu();
     let (program, arguments) = line
         .split_first()
