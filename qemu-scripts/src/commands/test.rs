@@ -47,7 +47,7 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
     if !arguments.host_only {
         let prepared = Prepared::new(options)?;
         let mut command = cargo_test(&prepared.paths);
-        command.args(["--package", VM_TESTS]).envs(options.to_env());
+        command.args(VM_TESTS).envs(options.to_env());
         counts.add(run_tests(with_filter(command, arguments))?);
     }
     if counts == Counts::default() {
