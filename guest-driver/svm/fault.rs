@@ -189,8 +189,8 @@ impl Space {
         faults: &[Fault],
         through: Option<u64>,
     ) -> bool {
-        self.place(service, mm, faults);
-        match self.map_faults(service, mm, faults, through) {
+        let moved = self.place(service, mm, faults);
+        match self.map_faults(service, mm, faults, moved, through) {
             Ok(replayed) => {
                 self.trace_fault(faults, 0);
                 replayed
@@ -203,7 +203,7 @@ impl Space {
             Err(Failure::NoAccess) => {
                 for fault in faults {
                     let one = core::slice::from_ref(fault);
-                    let result = self.map_faults(service, mm, one, None);
+                    let result = self.map_faults(service, mm, one, 0, None);
                     if let Err(Failure::NoAccess) = result {
                         let _ = service.failed.push_within_capacity(fault.sequence);
                         self.trace_fault(one, EFAULT.to_errno());
@@ -229,19 +229,23 @@ impl Space {
     }
 
     /// Moves pages to where the advice wants them before they are mapped, as far as they can move.
-    fn place(&self, service: &mut Service, mm: &MmWithUser, faults: &[Fault]) {
+    /// Returns the groups of pages that moved.
+    fn place(&self, service: &mut Service, mm: &MmWithUser, faults: &[Fault]) -> u64 {
         let (Some(first), Some(last)) = (faults.first(), faults.last()) else {
-            return;
+            return 0;
         };
         let region = first.region();
         let end = last.page + PAGE_SIZE;
-        let Ok(map) = self.gpu.pagemap() else { return };
+        let Ok(map) = self.gpu.pagemap() else {
+            return 0;
+        };
         // What is where now; a hint that may be out of date when it is used.
         let mut known = self.look(mm, &map, region..end, &mut service.pfns).is_ok();
         if known && self.break_sharing(service, mm, &map, faults) {
             known = self.look(mm, &map, region..end, &mut service.pfns).is_ok();
         }
         let mut done = region;
+        let mut moved = 0;
         for fault in faults {
             if fault.page < done {
                 continue;
@@ -263,16 +267,19 @@ impl Space {
                 Advice::MapOnly => continue,
             };
             done = around.end;
-            // What does not move is mapped where it is: there is nothing to report.
-            let _ = match advice {
-                Advice::PreferCpu if in_vram => {
-                    self.to_ram(&mut service.migration, mm, around, trace::Cause::GpuFault)
-                }
-                Advice::PreferCpu => Ok(0),
-                _ if in_vram => Ok(0),
-                _ => self.to_vram(&mut service.migration, mm, around, trace::Cause::GpuFault),
+            let pages = (around.start - region) >> PAGE_SHIFT..(around.end - region) >> PAGE_SHIFT;
+            let cause = trace::Cause::GpuFault;
+            let result = match (advice, in_vram) {
+                (Advice::PreferCpu, true) => self.to_ram(&mut service.migration, mm, around, cause),
+                (Advice::PreferCpu, false) | (_, true) => continue,
+                (_, false) => self.to_vram(&mut service.migration, mm, around, cause),
             };
+            // What does not move is mapped where it is: there is nothing to report.
+            if result.is_ok_and(|count| count != 0) {
+                moved |= Wanted::near(pages).groups;
+            }
         }
+        moved
     }
 
     /// Makes pages that the GPU wants to write writable for the CPU, where they are not. Moved as they
@@ -285,21 +292,25 @@ impl Space {
         map: &Pagemap,
         faults: &[Fault],
     ) -> bool {
-        let mut shared = false;
-        let mut huge_in_vram = false;
         let wanted = Wanted::of(faults);
-        for (index, pfn) in service.pfns.iter_mut().enumerate() {
+        let is_shared = |index: usize, pfn: HmmPfn| {
             let write = wanted.access(index).is_some_and(|a| a != Access::Read);
-            let is_shared = write && pfn.is_valid() && !pfn.is_error() && !pfn.is_writable();
-            let in_vram = pfn.pfn().is_some_and(|pfn| map.lookup(pfn).is_some());
-            shared |= is_shared;
-            huge_in_vram |= is_shared && in_vram && pfn.order() >= BLOCK_ORDER;
-            *pfn = HmmPfn::request(is_shared, is_shared);
-        }
-        let (Some(first), true) = (faults.first(), shared) else {
+            write && pfn.is_valid() && !pfn.is_error() && !pfn.is_writable()
+        };
+        let shared = |(index, pfn): (usize, &HmmPfn)| is_shared(index, *pfn);
+        let (Some(first), true) = (faults.first(), service.pfns.iter().enumerate().any(shared))
+        else {
             return false;
         };
         let region = first.region();
+        let huge_in_vram = service.pfns.first().is_some_and(|head| {
+            let in_vram = head.pfn().is_some_and(|pfn| map.lookup(pfn).is_some());
+            in_vram && head.order() >= BLOCK_ORDER
+        });
+        for (index, pfn) in service.pfns.iter_mut().enumerate() {
+            let shared = is_shared(index, *pfn);
+            *pfn = HmmPfn::request(shared, shared);
+        }
         if huge_in_vram {
             // mm does not copy part of a huge page of VRAM where it is.
             let all = region..region + REGION_BYTES;
@@ -329,20 +340,23 @@ impl Space {
             .map(|_| ())
     }
 
-    /// Makes the CPU have the pages, and maps them on the GPU. Returns whether the replay that
+    /// Makes the CPU have the pages, and maps them on the GPU; also what there is of the groups
+    /// `around`. Returns whether the replay that
     /// `through` asks for was sent along.
     fn map_faults(
         &self,
         service: &mut Service,
         mm: &MmWithUser,
         faults: &[Fault],
+        around: u64,
         through: Option<u64>,
     ) -> Result<bool, Failure> {
         let Some(first) = faults.first() else {
             return Ok(false);
         };
         let region = first.region();
-        let wanted = Wanted::of(faults);
+        let mut wanted = Wanted::of(faults);
+        wanted.groups |= around;
         for _ in 0..ATTEMPTS {
             match self.try_map(service, mm, region, &wanted, through) {
                 Err(e) if e == EBUSY => continue,
