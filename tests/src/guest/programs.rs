@@ -25,6 +25,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
+    cell::RefCell,
     fs::File,
     io::{self, Read, Write},
     os::unix::process::CommandExt,
@@ -339,7 +340,10 @@ fn hold_closed(_: &[String]) -> Result<()> {
     move_all(&gpu, orphan, Place::Vram)?;
     let (from_parent, to_child) = pipe()?;
     let (mut from_parent, mut to_child) = (File::from(from_parent), File::from(to_child));
+    let gpu = RefCell::new(Some(gpu));
     let child = fork(|| {
+        // The descriptor that it inherited is one of those that keep the module.
+        drop(gpu.take());
         let told = from_parent.read_exact(&mut [0]);
         match told
             .map_err(anyhow::Error::from)
@@ -353,7 +357,7 @@ fn hold_closed(_: &[String]) -> Result<()> {
         }
     })?;
     orphan.unmap()?;
-    drop(gpu);
+    drop(gpu.take());
     say(READY);
     wait_for_a_line()?;
     oracle::check(region, SEED, 1)?;
