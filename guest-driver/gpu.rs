@@ -9,6 +9,7 @@
 
 use crate::{
     kapi::{
+        module,
         pagemap::DevicePagemap,
         trace::Cause,
         virtio::Device,
@@ -269,13 +270,17 @@ impl Gpu {
             }
         }
         let left = map.in_use();
+        drop(map);
         if left != 0 {
             dev_err!(
                 self.device,
-                "{left} pages can't come home from VRAM: waiting for their processes to exit\n"
+                "{left} pages are lost with the device: who touches them gets SIGBUS, and the \
+                 module stays loaded. Restart the machine to be rid of it\n"
             );
+            // mm has the pages until their processes exit, and calls us for them.
+            module::pin_for_ever();
+            return;
         }
-        drop(map);
         // Outside of the lock: it waits until mm has forgotten the pages.
         let map = self.pagemap.lock().take();
         drop(map);

@@ -14,6 +14,7 @@
 //! | [`migrate`] | `migrate_vma_*()`, `migrate_device_range()` |
 //! | [`mm`] | the mmap lock and VMAs |
 //! | [`mmu_interval`] | `mmu_interval_notifier` with its update lock |
+//! | [`module`] | the module's use count |
 //! | [`pagemap`] | `dev_pagemap` of type `MEMORY_DEVICE_PRIVATE` |
 //! | [`spinlock_irq`] | `spin_lock_irqsave()` |
 //! | [`trace`] | the driver's trace events |
@@ -29,6 +30,7 @@ pub(crate) mod hmm;
 pub(crate) mod migrate;
 pub(crate) mod mm;
 pub(crate) mod mmu_interval;
+pub(crate) mod module;
 pub(crate) mod pagemap;
 pub(crate) mod spinlock_irq;
 pub(crate) mod trace;
