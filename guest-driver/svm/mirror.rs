@@ -51,7 +51,7 @@ impl Mirror {
     }
 
     /// Unmaps all of `range`; tells whether anything was mapped.
-    fn unmap(&self, tables: &mut Tables, mut range: Range<usize>) -> Result<bool> {
+    pub(super) fn unmap(&self, tables: &mut Tables, mut range: Range<usize>) -> Result<bool> {
         let Some(table) = &mut tables.table else {
             return Ok(false);
         };

@@ -49,6 +49,7 @@ use crate::{
     uapi,
     vram::BLOCK_PAGES,
 };
+use core::ops::Range;
 use farfault_protocol::{
     command::{CommandHeader, Status},
     event::{FaultEvent, FenceEvent, JobStatus},
@@ -216,9 +217,12 @@ impl Space {
         counter(&self.gpu.counters).fetch_add(n, Relaxed);
     }
 
-    /// Says where the pages of a range should be. `ENOSPC`: too many ranges.
-    pub(crate) fn advise(&self, range: core::ops::Range<usize>, advice: uapi::Advice) -> Result {
-        self.advice.lock().set(range, advice)
+    /// Says where the pages of a range should be. What the GPU has mapped of it is unmapped, so that
+    /// its next use asks. `ENOSPC`: too many ranges.
+    pub(crate) fn advise(&self, range: Range<usize>, advice: uapi::Advice) -> Result {
+        self.advice.lock().set(range.clone(), advice)?;
+        let mut tables = self.mirror.lock();
+        self.mirror.unmap(&mut tables, range).map(|_| ())
     }
 
     /// Starts a job and returns its fence.
