@@ -2,9 +2,9 @@
 //! The host's hands in the guest: reads requests from the virtio-serial port, runs commands, sends back what they write
 //! and how they end.
 //!
-//! Threads: one reads requests; each command has one that waits for it and one for each of its streams. They share the
-//! port behind a mutex, which is held for one frame at a time, and the table of running commands behind another, which
-//! is never held while the port's is waited for.
+//! Threads: one reads requests; each command has one that waits for it and one for each of its streams, input included.
+//! They share the port behind a mutex, which is held for one frame at a time, and the table of running commands behind
+//! another, which is never held while the port's is waited for.
 
 use std::{
     collections::HashMap,
@@ -68,7 +68,10 @@ pub(crate) fn serve(problems: Vec<String>) -> io::Result<()> {
                 }
             }
             // A request that crosses the end of its command on the way is no error.
-            Request::Stdin { id, data } => with(&commands, id, |running| running.stdin(data)),
+            Request::Stdin { id, data } => with(&commands, id, |running| {
+                running.stdin(data);
+                Ok(())
+            }),
             Request::Signal { id, signal } => with(&commands, id, |running| running.signal(signal)),
             Request::Resize { id, size } => with(&commands, id, |running| running.resize(size)),
             Request::PowerOff => return Ok(()),

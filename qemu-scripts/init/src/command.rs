@@ -8,7 +8,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
-    process::{Child, ChildStdin, Command as Process, ExitStatus, Stdio},
+    process::{Child, Command as Process, ExitStatus, Stdio},
     sync::mpsc,
     thread,
     time::Duration,
@@ -26,15 +26,14 @@ use crate::agent::Host;
 /// A child of the command can hold its streams open for ever; they are given up this long after the command's own end.
 const STREAMS_AFTER_END: Duration = Duration::from_secs(2);
 
+/// What a terminal takes for the end of input.
+const END_OF_INPUT: u8 = 4;
+
 /// A running command, as the thread that reads requests needs it.
 pub(crate) struct Running {
     group: Pid,
-    input: Option<Input>,
-}
-
-enum Input {
-    Pipe(ChildStdin),
-    Terminal(File),
+    input: Option<mpsc::Sender<Vec<u8>>>,
+    terminal: Option<File>,
 }
 
 /// A running command, as the thread that waits for its end needs it.
@@ -100,11 +99,11 @@ impl Running {
                         open += 1;
                     }
                 }
-                let input = child.stdin.take().map(Input::Pipe);
                 Ok((
                     Self {
                         group: Pid::from_child(&child),
-                        input,
+                        input: child.stdin.take().map(|pipe| feed(command.id, pipe)),
+                        terminal: None,
                     },
                     End {
                         child,
@@ -125,7 +124,8 @@ impl Running {
                 forward(Stream::Stdout, Box::new(ours.try_clone()?));
                 let running = Self {
                     group: Pid::from_child(&child),
-                    input: Some(Input::Terminal(ours)),
+                    input: Some(feed(command.id, ours.try_clone()?)),
+                    terminal: Some(ours),
                 };
                 Ok((
                     running,
@@ -140,20 +140,22 @@ impl Running {
     }
 
     /// Passes on input; no bytes mean its end.
-    pub(crate) fn stdin(&mut self, data: Vec<u8>) -> io::Result<()> {
-        if data.is_empty() {
-            self.input = None;
-            return Ok(());
+    pub(crate) fn stdin(&mut self, mut data: Vec<u8>) {
+        let end = data.is_empty();
+        if end && self.terminal.is_some() {
+            data.push(END_OF_INPUT);
         }
-        match &mut self.input {
-            Some(Input::Pipe(pipe)) => pipe.write_all(&data),
-            Some(Input::Terminal(terminal)) => terminal.write_all(&data),
-            None => Ok(()),
+        if let Some(input) = &self.input {
+            // A command that reads no more, or has ended, misses nothing.
+            let _ = input.send(data);
+        }
+        if end {
+            self.input = None;
         }
     }
 
     /// Sends a signal to the command and its children.
-    pub(crate) fn signal(&mut self, signal: i32) -> io::Result<()> {
+    pub(crate) fn signal(&self, signal: i32) -> io::Result<()> {
         let signal = Signal::from_named_raw(signal).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, format!("no signal {signal}"))
         })?;
@@ -161,11 +163,10 @@ impl Running {
     }
 
     /// Changes the size of the command's terminal.
-    pub(crate) fn resize(&mut self, size: TerminalSize) -> io::Result<()> {
-        match &self.input {
-            Some(Input::Terminal(terminal)) => set_size(terminal, size),
-            _ => Ok(()),
-        }
+    pub(crate) fn resize(&self, size: TerminalSize) -> io::Result<()> {
+        self.terminal
+            .as_ref()
+            .map_or(Ok(()), |terminal| set_size(terminal, size))
     }
 }
 
@@ -191,6 +192,24 @@ fn outcome(status: ExitStatus) -> Outcome {
         (None, Some(signal)) => Outcome::Signalled(signal),
         (None, None) => Outcome::NotStarted(format!("it ended in an unknown way: {status}")),
     }
+}
+
+/// Writes a command's input from a thread of its own: a command that does not read must not stop the agent.
+fn feed(id: Id, mut input: impl Write + Send + 'static) -> mpsc::Sender<Vec<u8>> {
+    let (sender, pieces) = mpsc::channel::<Vec<u8>>();
+    thread::spawn(move || {
+        for piece in pieces {
+            match input.write_all(&piece) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return,
+                Err(error) => {
+                    eprintln!("farfault-init: the input of command {id}: {error}");
+                    return;
+                }
+            }
+        }
+    });
+    sender
 }
 
 fn forward(id: Id, stream: Stream, mut source: impl Read, host: &Host) {

@@ -13,6 +13,7 @@ use crate::{
     Error, Paths, Result,
     paths::cargo,
     process::{bound, spawn},
+    progress::Progress,
 };
 
 /// Builds the device and returns its program.
@@ -22,7 +23,7 @@ use crate::{
 pub fn device(paths: &Paths) -> Result<PathBuf> {
     let mut command = cargo_build(paths);
     command.args(["--package", "farfault-device", "--bins"]);
-    let programs = executables(command, "building the device")?;
+    let programs = executables(command, "device: building")?;
     let program = programs
         .into_iter()
         .find(|program| program.ends_with("farfault-device"));
@@ -45,6 +46,7 @@ pub(super) fn cargo_build(paths: &Paths) -> Command {
 
 /// Runs such a build and returns the programs that it made.
 pub(super) fn executables(mut command: Command, what: &str) -> Result<Vec<PathBuf>> {
+    let step = Progress::start(what);
     let failed = || Error::io(format!("{what}: cargo"));
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = spawn(command).map_err(failed())?;
@@ -63,12 +65,10 @@ pub(super) fn executables(mut command: Command, what: &str) -> Result<Vec<PathBu
         }
     }
     let status = child.wait().map_err(failed())?;
-    if status.success() {
-        Ok(programs)
-    } else {
-        Err(Error::Shown {
-            what: what.to_owned(),
-            status,
-        })
+    if !status.success() {
+        let what = what.to_owned();
+        return Err(Error::Shown { what, status });
     }
+    step.done();
+    Ok(programs)
 }

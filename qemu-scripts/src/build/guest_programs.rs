@@ -34,7 +34,7 @@ pub struct Program {
 pub fn guest_programs(paths: &Paths, setup: &Setup) -> Result<Vec<Program>> {
     let mut rustflags = env::var("RUSTFLAGS").unwrap_or_default();
     rustflags.push_str(" -C target-feature=+crt-static");
-    let build = |arguments: &[&str]| {
+    let build = |what: &str, arguments: &[&str]| {
         let mut command = cargo_build(paths);
         command
             .args(["--target", TARGET])
@@ -43,15 +43,21 @@ pub fn guest_programs(paths: &Paths, setup: &Setup) -> Result<Vec<Program>> {
             .env("RUSTFLAGS", &rustflags)
             // Names for backtraces stay; the rest would only make the guest's memory smaller.
             .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
-        executables(command, "building the guest's programs")
+        executables(command, what)
     };
-    let mut programs = build(&[
-        "--bins",
-        "--package=farfault-init",
-        "--package=farfault",
-        "--package=farfault-tests",
-    ])?;
-    programs.extend(build(&["--examples", "--package=farfault"])?);
+    let mut programs = build(
+        "guest: building programs",
+        &[
+            "--bins",
+            "--package=farfault-init",
+            "--package=farfault",
+            "--package=farfault-tests",
+        ],
+    )?;
+    programs.extend(build(
+        "guest: building examples",
+        &["--examples", "--package=farfault"],
+    )?);
     programs.extend(c_examples(paths, setup)?);
     let mut programs: Vec<Program> = programs.into_iter().filter_map(named).collect();
     programs.sort();
@@ -76,7 +82,7 @@ fn c_examples(paths: &Paths, setup: &Setup) -> Result<Vec<PathBuf>> {
             continue;
         };
         let program = output.join(name);
-        let step = Progress::start(format!("guest: compiling {}", source.display()));
+        let step = Progress::start(format!("guest: compiling {}", name.to_string_lossy()));
         let mut gcc = setup
             .toolbox
             .command("gcc", &folder, &[&paths.repository, &output]);

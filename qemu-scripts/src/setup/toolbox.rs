@@ -25,7 +25,7 @@ use crate::{
     versions::VERSIONS,
 };
 
-/// Left out when unpacking: nothing here reads them, and they are two thirds of the whole.
+/// Left out when unpacking: nothing here reads them, and they take much of the space.
 const LEFT_OUT: [&str; 6] = [
     "./usr/share/doc",
     "./usr/share/man",

@@ -160,8 +160,6 @@ fn kernel_command_line(spec: &Spec<'_>) -> String {
         // With -no-reboot, a panic ends QEMU.
         "panic=-1".to_owned(),
         "random.trust_cpu=on".to_owned(),
-        // Out of tree and unsigned it is; that's no warning worth a test's failure.
-        "module.sig_enforce=0".to_owned(),
         format!("{MODE_KEY}={mode}"),
     ];
     words.extend(spec.kernel_args.iter().cloned());
