@@ -47,7 +47,7 @@ use crate::{
         qemu::{
             GPU_DRIVER, Host, MAX_GPUS, Spec, command_line, gpu_chardev, gpu_id, gpu_properties,
         },
-        run_folder::RunFolder,
+        run_folder::{RunFolder, socket_folder},
     },
 };
 
@@ -89,11 +89,7 @@ impl Vm {
             )));
         }
         let folder = RunFolder::new(&prepared.paths.runs(), &config.name, &config.repeat())?;
-        // Paths of sockets are limited to some 100 bytes, which a clone's own folders can exceed.
-        let sockets = tempfile::Builder::new()
-            .prefix("farfault-")
-            .tempdir()
-            .map_err(Error::io("a folder for sockets"))?;
+        let sockets = socket_folder()?;
         let mut gpus = Vec::new();
         for index in 0..config.gpus {
             let log = folder.file(&format!("device{index}.log"));

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The folder of one VM's logs: deleted when all went well, kept and pointed at otherwise.
+//! The folder of one VM's logs (deleted when all went well, kept and pointed at otherwise), and that of its sockets.
 
 use std::{
-    fs,
+    env, fs,
     path::{Path, PathBuf},
     process,
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use crate::{Result, paths};
+use tempfile::TempDir;
+
+use crate::{Error, Result, paths};
 
 /// The name of the file that says how to run the same again.
 const REPEAT: &str = "repeat";
@@ -28,7 +30,9 @@ impl RunFolder {
             .chars()
             .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
             .collect();
-        remove_old(runs, &name)?;
+        for old in of_ended_processes(runs, &name) {
+            paths::remove(&old)?;
+        }
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let path = runs.join(format!("{name}.{}.{count}", process::id()));
         paths::remove(&path)?;
@@ -60,25 +64,32 @@ impl Drop for RunFolder {
     }
 }
 
-/// Removes the folders of this name whose process has ended.
-fn remove_old(runs: &Path, name: &str) -> Result<()> {
-    let Ok(entries) = fs::read_dir(runs) else {
-        return Ok(());
-    };
-    for entry in entries.flatten() {
-        let file_name = entry.file_name().to_string_lossy().into_owned();
-        let mut parts = file_name.split('.');
-        if parts.next() != Some(name) {
-            continue;
-        }
-        let alive = parts
-            .next()
-            .is_some_and(|pid| Path::new("/proc").join(pid).exists());
-        if !alive {
-            paths::remove(&entry.path())?;
-        }
+/// A folder for a VM's sockets. Their paths are limited to some 100 bytes, which a clone's own folders can exceed, so it is
+/// one for temporary files; those of processes that were killed go.
+pub(crate) fn socket_folder() -> Result<TempDir> {
+    const NAME: &str = "farfault";
+    for old in of_ended_processes(&env::temp_dir(), NAME) {
+        // Another user's stays: only its owner may remove it, and will.
+        let _ = paths::remove(&old);
     }
-    Ok(())
+    let prefix = format!("{NAME}.{}.", process::id());
+    let folder = tempfile::Builder::new().prefix(&prefix).tempdir();
+    folder.map_err(Error::io("making a folder for sockets"))
+}
+
+/// The folders `NAME.PID.…` whose process has ended.
+fn of_ended_processes(parent: &Path, name: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    let has_ended = |path: &PathBuf| {
+        let file_name = path.file_name().unwrap_or_default().to_string_lossy();
+        let mut parts = file_name.split('.');
+        let pid = (parts.next() == Some(name)).then(|| parts.next()).flatten();
+        pid.is_some_and(|pid| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists())
+    };
+    entries
+        .map(|entry| entry.path())
+        .filter(has_ended)
+        .collect()
 }
 
 #[cfg(test)]
