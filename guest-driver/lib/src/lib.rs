@@ -67,4 +67,6 @@ pub use gpu::{Gpu, Moved, PageState, View};
 pub use job::{Job, Scope};
 pub use launch::{Chain, Launch, Output};
 pub use pages::{HUGE_PAGE_SIZE, PAGE_SIZE, Pages};
+#[cfg(feature = "arena")]
+pub use sys::arena;
 pub use uapi::{Access, Advice, Info, Kernel, Place, Stats};

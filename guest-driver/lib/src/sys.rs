@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The system calls: `ioctl` on `/dev/farfaultN`, `fork` and `madvise`. The one file with `unsafe`.
+//! The system calls: `ioctl` on `/dev/farfaultN`, `fork` and `madvise`. The one file with `unsafe`,
+//! with its part for tests, `sys/arena.rs`.
 //!
 //! Two things are unsafe about a GPU that uses this process's memory, and both are dealt with here:
 //! the kernel writes through the pointers that a call passes (each call is paired with its argument
@@ -13,6 +14,9 @@
     unsafe_code,
     reason = "system calls; everything above this file is safe code"
 )]
+
+#[cfg(feature = "arena")]
+pub mod arena;
 
 use crate::{
     error::{self, CallName, Error},

@@ -2,10 +2,10 @@
 //! The calls of the UAPI as they are, for tests of their errors and for jobs on memory of the arena.
 //! Where it is not about that, tests use the library's `Gpu`.
 
-use super::sys::{self, Region};
 use anyhow::{Context, Result, ensure};
 use farfault::{
     Access, Kernel,
+    arena::{self, Call, Region},
     uapi::{self, JobStatus},
 };
 use rustix::io::Errno;
@@ -14,34 +14,9 @@ use std::{os::fd::AsFd, time::Duration};
 /// No job of a test takes longer, except those that are meant to.
 pub(crate) const JOB_TIME: Duration = Duration::from_secs(30);
 
-/// An argument, and the call that takes it.
-pub(crate) trait Call: Copy {
-    const NUMBER: u32;
-}
-
-macro_rules! calls {
-    ($($argument:ident = $number:ident,)*) => {
-        $(impl Call for uapi::$argument {
-            const NUMBER: u32 = uapi::$number;
-        })*
-        $(const _: () = assert!((uapi::$number >> 16) as usize & 0x3fff == size_of::<uapi::$argument>());)*
-    };
-}
-
-calls! {
-    Info = IOC_INFO,
-    Submit = IOC_SUBMIT,
-    Wait = IOC_WAIT,
-    Kill = IOC_KILL,
-    Migrate = IOC_MIGRATE,
-    Advise = IOC_ADVISE,
-    Query = IOC_QUERY,
-    Stats = IOC_STATS,
-}
-
 /// Makes a call, and gives back its argument as the driver left it.
 pub(crate) fn call<T: Call>(gpu: impl AsFd, mut argument: T) -> Result<T, Errno> {
-    sys::call(gpu.as_fd(), &mut argument)?;
+    arena::call(gpu.as_fd(), &mut argument)?;
     Ok(argument)
 }
 
@@ -193,7 +168,7 @@ pub(crate) fn every_call(gpu: impl AsFd, region: Region) -> Vec<(&'static str, R
         ("MIGRATE", call(gpu, migrate).map(drop)),
         ("ADVISE", call(gpu, advise).map(drop)),
         ("QUERY", call(gpu, query).map(drop)),
-        ("PING", sys::call_at(gpu, uapi::IOC_PING, 0)),
+        ("PING", arena::call_at(gpu, uapi::IOC_PING, 0)),
     ]
 }
 

@@ -23,7 +23,6 @@ mod cases;
 mod oracle;
 mod place;
 pub mod programs;
-mod sys;
 
 use std::process::ExitCode;
 

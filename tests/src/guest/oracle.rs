@@ -2,8 +2,8 @@
 //! What memory should hold, computed without the GPU: pseudo-random words of a seed, and what was
 //! added to them since.
 
-use super::sys::Region;
 use anyhow::{Result, ensure};
+use farfault::arena::Region;
 
 /// The word of a seed with this index (SplitMix64).
 pub(crate) const fn word(seed: u64, index: usize) -> u64 {
@@ -53,7 +53,7 @@ pub(crate) fn expected_sum(region: Region, seed: u64, added: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::sys::Backing;
+    use farfault::arena::Backing;
 
     #[test]
     fn check_finds_one_wrong_word() {

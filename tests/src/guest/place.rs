@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where pages are: what tests ask for and expect.
 
-use super::sys::Region;
 use anyhow::{Context, Result, ensure};
+use farfault::arena::Region;
 use farfault::{Gpu, Moved, PAGE_SIZE, PageState, Place};
 
 /// The CPU's view of each page.

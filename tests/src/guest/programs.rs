@@ -10,9 +10,9 @@ use super::{
     call::{self, Job},
     oracle,
     place::{migrate, move_all},
-    sys::{Backing, Region},
 };
 use anyhow::{Context, Result, ensure};
+use farfault::arena::{Backing, Region};
 use farfault::{
     Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, pagemap,
     process::{Ended, fork},

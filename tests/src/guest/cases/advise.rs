@@ -5,9 +5,9 @@ use crate::guest::{
     call::Job,
     oracle,
     place::{count, ensure_place, move_all, state},
-    sys::{Backing, Region},
 };
 use anyhow::{Result, ensure};
+use farfault::arena::{Backing, Region};
 use farfault::{Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place};
 use rustix::io::Errno;
 

@@ -6,9 +6,9 @@ use crate::guest::{
     call::{Job, call},
     oracle,
     place::ensure_place,
-    sys::{Backing, Region},
 };
 use anyhow::{Result, ensure};
+use farfault::arena::{Backing, Region};
 use farfault::{
     Advice, Gpu, Kernel, PAGE_SIZE, Place,
     uapi::{self, Advise, Kill, Migrate, Query, Submit, Wait},
@@ -44,7 +44,7 @@ impl Bench {
     }
 
     /// The right argument is accepted, each wrong one is not, and the right one is again.
-    fn refuses<T: crate::guest::call::Call>(&self, right: T, wrong: &[Wrong<T>]) -> Result<()> {
+    fn refuses<T: farfault::arena::Call>(&self, right: T, wrong: &[Wrong<T>]) -> Result<()> {
         call(&self.gpu, right)?;
         for (what, change, errno) in wrong {
             let mut argument = right;
@@ -428,7 +428,7 @@ fn query_with_each_field_wrong_fails() -> Result<()> {
     for index in words..answers.words() - 3 {
         ensure!(answers.load(index) == 0, "word {index} was written");
     }
-    answers.protect(crate::guest::sys::Protection::Read)?;
+    answers.protect(farfault::arena::Protection::Read)?;
     let read_only = call(&bench.gpu, right).map(drop);
     ensure!(
         read_only == Err(Errno::FAULT),

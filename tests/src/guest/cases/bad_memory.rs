@@ -4,9 +4,9 @@
 use crate::guest::{
     call::{self, Job},
     oracle,
-    sys::{Backing, Protection, Region},
 };
 use anyhow::{Result, ensure};
+use farfault::arena::{Backing, Protection, Region};
 use farfault::{Access, Gpu, Kernel, PAGE_SIZE, uapi::JobStatus};
 use std::time::Duration;
 

@@ -3,11 +3,11 @@
 //! not have.
 
 use crate::guest::{
-    call::{self, Call, Job},
+    call::{self, Job},
     oracle,
-    sys::{Backing, Protection, Region, call_at},
 };
 use anyhow::{Result, ensure};
+use farfault::arena::{Backing, Call, Protection, Region, call_at};
 use farfault::{Gpu, PAGE_SIZE, uapi};
 use rustix::io::Errno;
 use std::{

@@ -6,9 +6,9 @@ use crate::guest::{
     call::Job,
     oracle,
     place::{count, ensure_place, migrate},
-    sys::{Backing, Region},
 };
 use anyhow::{Result, ensure};
+use farfault::arena::{Backing, Region};
 use farfault::{
     Gpu, HUGE_PAGE_SIZE, Place,
     process::{Ended, fork},

@@ -4,9 +4,9 @@
 use crate::guest::{
     call::{self, Job},
     oracle,
-    sys::{Backing, Region},
 };
 use anyhow::{Result, ensure};
+use farfault::arena::{Backing, Region};
 use farfault::{Chain, Gpu, HUGE_PAGE_SIZE, Kernel, Launch, PAGE_SIZE};
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},

@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Copy-on-write between parent and child, with pages in VRAM or mapped by the GPU.
 
-use crate::guest::{
-    call::Job,
-    oracle,
-    place::move_all,
-    sys::{Backing, Region},
-};
+use crate::guest::{call::Job, oracle, place::move_all};
 use anyhow::{Result, ensure};
+use farfault::arena::{Backing, Region};
 use farfault::{
     Advice, Gpu, HUGE_PAGE_SIZE, Place,
     process::{Ended, fork},

@@ -4,9 +4,9 @@
 use crate::guest::{
     call::{self, JOB_TIME, Job},
     oracle,
-    sys::{Backing, Region},
 };
 use anyhow::{Result, ensure};
+use farfault::arena::{Backing, Region};
 use farfault::{Gpu, PAGE_SIZE, uapi::JobStatus};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},

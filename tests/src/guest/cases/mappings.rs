@@ -6,9 +6,9 @@ use crate::guest::{
     call::Job,
     oracle,
     place::{count, migrate},
-    sys::{Backing, Protection, Region},
 };
 use anyhow::{Context, Result, ensure};
+use farfault::arena::{Backing, Protection, Region};
 use farfault::{Gpu, HUGE_PAGE_SIZE, Place};
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::{

@@ -6,9 +6,9 @@ use crate::guest::{
     call::Job,
     oracle,
     place::{count, ensure_place, migrate, move_all, places, state},
-    sys::{Backing, Region},
 };
 use anyhow::{Context, Result, ensure};
+use farfault::arena::{Backing, Region};
 use farfault::{Gpu, HUGE_PAGE_SIZE, Moved, PAGE_SIZE, Place};
 use std::fs;
 

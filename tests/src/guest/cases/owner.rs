@@ -5,9 +5,9 @@ use super::fork::code;
 use crate::guest::{
     call::{Job, ensure_every_call_fails, every_call},
     oracle, programs,
-    sys::{Backing, Region},
 };
 use anyhow::{Context, Result, ensure};
+use farfault::arena::{Backing, Region};
 use farfault::{
     Gpu, PAGE_SIZE,
     process::{Ended, fork},

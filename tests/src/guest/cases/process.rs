@@ -8,9 +8,9 @@ use crate::guest::{
     oracle,
     place::{ensure_place, move_all},
     programs,
-    sys::{Backing, Region},
 };
 use anyhow::{Context, Result, bail, ensure};
+use farfault::arena::{Backing, Region};
 use farfault::{Gpu, HUGE_PAGE_SIZE, Place, uapi::JobStatus};
 use std::{
     fs,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The GPU is there and is the one that the host has configured.
 
-use crate::guest::{VRAM, sys};
+use crate::guest::VRAM;
 use anyhow::{Result, ensure};
 use farfault::{Gpu, uapi};
 
@@ -27,7 +27,7 @@ fn ping_is_answered() -> Result<()> {
         gpu.ping()?;
     }
     // PING has no argument: whatever is passed is not looked at.
-    Ok(sys::call_at(&gpu, uapi::IOC_PING, u64::MAX)?)
+    Ok(farfault::arena::call_at(&gpu, uapi::IOC_PING, u64::MAX)?)
 }
 
 fn each_open_is_an_address_space_of_its_own() -> Result<()> {

@@ -5,9 +5,9 @@ use crate::guest::{
     call::Job,
     oracle,
     place::{migrate, move_all},
-    sys::{Backing, Region},
 };
 use anyhow::{Result, ensure};
+use farfault::arena::{Backing, Region};
 use farfault::{Gpu, HUGE_PAGE_SIZE, Place};
 
 group! { two_gpus, gpus 2, seconds 60:

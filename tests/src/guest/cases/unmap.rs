@@ -6,9 +6,9 @@ use crate::guest::{
     call::{self, Job},
     oracle,
     place::{ensure_place, move_all},
-    sys::{Backing, Protection, Region},
 };
 use anyhow::{Result, ensure};
+use farfault::arena::{Backing, Protection, Region};
 use farfault::{Access, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, uapi::JobStatus};
 use std::time::{Duration, Instant};
 

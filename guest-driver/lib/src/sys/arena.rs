@@ -1,22 +1,20 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Memory at addresses of the tests' own, and calls to the driver with any argument. The one file of
-//! this package with `unsafe`.
+//! Memory at addresses of one's own, and calls to the driver with any argument: for tests of the
+//! driver, with the feature `arena`. Not for programs: nothing here keeps a job from memory that it
+//! should not touch.
 //!
 //! Tests take mappings apart while a GPU uses them, and pass wrong addresses on purpose. No Rust
 //! reference could stay valid through that, so there are none: all such memory lies in one range of
 //! addresses, the arena, that nobody else uses (the kernel gives out addresses from the top of the
-//! address space, the arena is at its bottom), and it is read and
-//! written one atomic word at a time.
+//! address space, the arena is at its bottom), and it is read and written one atomic word at a time.
 //!
-//! What a wrong call may do is what the tests want to know. A driver that accepts one can damage
-//! this process only: it then ends as a failed test.
-#![allow(
-    unsafe_code,
-    reason = "mmap, its relatives and ioctl; everything above this file is safe code"
-)]
+//! What a wrong call may do is what a test wants to know. A driver that accepts one can damage this
+//! process only: it then ends as a failed test.
 
-use super::call::Call;
-use farfault::{PAGE_SIZE, Pages};
+use crate::{
+    pages::{HUGE_PAGE_SIZE, PAGE_SIZE, Pages},
+    uapi,
+};
 use rustix::{
     io::{self, Errno},
     ioctl::{Ioctl, IoctlOutput, Opcode, ioctl},
@@ -33,14 +31,14 @@ use std::{
 const ARENA: std::ops::Range<usize> = 0x10_0000_0000..0x80_0000_0000;
 /// Regions begin at a multiple of this, and at least so much is free behind each: the kernel can't
 /// merge them, and each can hold huge pages.
-const STEP: usize = farfault::HUGE_PAGE_SIZE;
+const STEP: usize = HUGE_PAGE_SIZE;
 
 /// Where the next region goes.
 static NEXT: AtomicUsize = AtomicUsize::new(ARENA.start);
 
 /// What a new region is made of.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Backing<'a> {
+pub enum Backing<'a> {
     /// Anonymous and private, in small pages.
     Small,
     /// Anonymous and private, in huge pages where the kernel has them.
@@ -57,15 +55,18 @@ pub(crate) enum Backing<'a> {
 
 /// What the CPU may do with pages.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Protection {
+pub enum Protection {
+    /// Nothing.
     None,
+    /// Loads.
     Read,
+    /// Loads and stores.
     ReadWrite,
 }
 
 /// A range of whole pages in the arena: an address and a length, whatever is mapped there.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Region {
+pub struct Region {
     address: usize,
     length: usize,
 }
@@ -81,7 +82,7 @@ fn take_addresses(length: usize) -> io::Result<usize> {
 
 impl Region {
     /// Maps new memory of this length, readable and writable.
-    pub(crate) fn map(length: usize, backing: Backing<'_>) -> io::Result<Self> {
+    pub fn map(length: usize, backing: Backing<'_>) -> io::Result<Self> {
         let length = length.next_multiple_of(PAGE_SIZE);
         let address = take_addresses(length)?;
         let at = with_exposed_provenance_mut(address);
@@ -115,7 +116,7 @@ impl Region {
     }
 
     /// Addresses of the arena where nothing is mapped.
-    pub(crate) fn nowhere(length: usize) -> io::Result<Self> {
+    pub fn nowhere(length: usize) -> io::Result<Self> {
         let length = length.next_multiple_of(PAGE_SIZE);
         let address = take_addresses(length)?;
         Ok(Self { address, length })
@@ -126,7 +127,7 @@ impl Region {
     /// # Panics
     ///
     /// They are not pages of it: the test is wrong.
-    pub(crate) fn part(self, offset: usize, length: usize) -> Self {
+    pub fn part(self, offset: usize, length: usize) -> Self {
         assert!(offset % PAGE_SIZE == 0 && length % PAGE_SIZE == 0);
         assert!(offset <= self.length && length <= self.length - offset);
         Self {
@@ -135,21 +136,23 @@ impl Region {
         }
     }
 
-    pub(crate) fn address(self) -> u64 {
+    /// Where it begins.
+    pub fn address(self) -> u64 {
         self.address as u64
     }
 
     /// Bytes.
-    pub(crate) fn length(self) -> usize {
+    pub fn length(self) -> usize {
         self.length
     }
 
     /// 64-bit words.
-    pub(crate) fn words(self) -> usize {
+    pub fn words(self) -> usize {
         self.length / size_of::<u64>()
     }
 
-    pub(crate) fn pages(self) -> Pages {
+    /// Its pages.
+    pub fn pages(self) -> Pages {
         Pages::new(self.address..self.address + self.length).expect("regions are whole pages")
     }
 
@@ -163,17 +166,17 @@ impl Region {
     }
 
     /// Reads a word.
-    pub(crate) fn load(self, index: usize) -> u64 {
+    pub fn load(self, index: usize) -> u64 {
         self.word(index, |word| word.load(Ordering::Relaxed))
     }
 
     /// Writes a word.
-    pub(crate) fn store(self, index: usize, value: u64) {
+    pub fn store(self, index: usize, value: u64) {
         self.word(index, |word| word.store(value, Ordering::Relaxed));
     }
 
     /// Adds to a word atomically.
-    pub(crate) fn atomic_add(self, index: usize, addend: u64) {
+    pub fn atomic_add(self, index: usize, addend: u64) {
         self.word(index, |word| word.fetch_add(addend, Ordering::Relaxed));
     }
 
@@ -182,13 +185,13 @@ impl Region {
     }
 
     /// Unmaps it.
-    pub(crate) fn unmap(self) -> io::Result<()> {
+    pub fn unmap(self) -> io::Result<()> {
         // SAFETY: The arena's memory is known by address only.
         unsafe { mm::munmap(self.pointer(), self.length) }
     }
 
     /// Maps new anonymous memory where it was unmapped.
-    pub(crate) fn map_again(self) -> io::Result<()> {
+    pub fn map_again(self) -> io::Result<()> {
         let access = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
         // SAFETY: Nothing is mapped there, or it fails.
@@ -196,7 +199,7 @@ impl Region {
     }
 
     /// Changes what the CPU may do.
-    pub(crate) fn protect(self, protection: Protection) -> io::Result<()> {
+    pub fn protect(self, protection: Protection) -> io::Result<()> {
         let flags = match protection {
             Protection::None => MprotectFlags::empty(),
             Protection::Read => MprotectFlags::READ,
@@ -207,13 +210,13 @@ impl Region {
     }
 
     /// Throws its content away (`MADV_DONTNEED`).
-    pub(crate) fn discard(self) -> io::Result<()> {
+    pub fn discard(self) -> io::Result<()> {
         // SAFETY: As in `unmap`.
         unsafe { mm::madvise(self.pointer(), self.length, mm::Advice::LinuxDontNeed) }
     }
 
     /// Moves the mapping to new addresses.
-    pub(crate) fn remap(self) -> io::Result<Self> {
+    pub fn remap(self) -> io::Result<Self> {
         let address = take_addresses(self.length)?;
         // Where huge pages stay whole: at the same place in 2 MiB.
         let address = address + self.address % STEP;
@@ -223,6 +226,32 @@ impl Region {
         unsafe { mm::mremap_fixed(from, length, length, flags, to) }?;
         Ok(Self { address, length })
     }
+}
+
+/// An argument, and the call that takes it.
+pub trait Call: Copy {
+    /// The call's number.
+    const NUMBER: u32;
+}
+
+macro_rules! calls {
+    ($($argument:ident = $number:ident,)*) => {
+        $(impl Call for uapi::$argument {
+            const NUMBER: u32 = uapi::$number;
+        })*
+        $(const _: () = assert!((uapi::$number >> 16) as usize & 0x3fff == size_of::<uapi::$argument>());)*
+    };
+}
+
+calls! {
+    Info = IOC_INFO,
+    Submit = IOC_SUBMIT,
+    Wait = IOC_WAIT,
+    Kill = IOC_KILL,
+    Migrate = IOC_MIGRATE,
+    Advise = IOC_ADVISE,
+    Query = IOC_QUERY,
+    Stats = IOC_STATS,
 }
 
 /// A call whose number and argument are known at run time only.
@@ -250,7 +279,7 @@ unsafe impl Ioctl for Raw {
 }
 
 /// A call with an argument of its type. Addresses in it are the arena's, or wrong.
-pub(crate) fn call<T: Call>(gpu: BorrowedFd<'_>, argument: &mut T) -> io::Result<()> {
+pub fn call<T: Call>(gpu: BorrowedFd<'_>, argument: &mut T) -> io::Result<()> {
     let argument = (&raw mut *argument).cast();
     let number = T::NUMBER;
     // SAFETY: The number names the type of the argument; what the call does to other memory, it does
@@ -259,7 +288,7 @@ pub(crate) fn call<T: Call>(gpu: BorrowedFd<'_>, argument: &mut T) -> io::Result
 }
 
 /// A call with any number, whose argument is said to be at an address: of the arena, or a wrong one.
-pub(crate) fn call_at(gpu: impl AsFd, number: u32, address: u64) -> io::Result<()> {
+pub fn call_at(gpu: impl AsFd, number: u32, address: u64) -> io::Result<()> {
     let argument = with_exposed_provenance_mut(address as usize);
     // SAFETY: As in `call`; the argument itself is in the arena, too, or no memory of ours.
     unsafe { ioctl(gpu.as_fd(), Raw { number, argument }) }
@@ -318,10 +347,7 @@ mod tests {
     #[test]
     fn call_of_another_device_is_enotty() {
         let null = File::open("/dev/null").unwrap();
-        assert_eq!(
-            call_at(&null, farfault::uapi::IOC_PING, 0),
-            Err(Errno::NOTTY)
-        );
+        assert_eq!(call_at(&null, uapi::IOC_PING, 0), Err(Errno::NOTTY));
     }
 
     fn tempfile() -> io::Result<File> {
