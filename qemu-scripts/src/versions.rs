@@ -26,7 +26,6 @@ pub struct Versions {
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "the file itself explains each entry")]
 pub struct Debian {
-    pub mirror: String,
     pub keyring: String,
     pub suite: String,
     pub backports: String,

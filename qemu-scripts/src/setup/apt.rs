@@ -5,6 +5,7 @@
 //! Does not install: what a package contains is unpacked by the steps that need it.
 
 use std::{
+    env,
     ffi::OsStr,
     fs,
     path::{Path, PathBuf},
@@ -24,6 +25,9 @@ const NO_NETWORK: [&str; 4] = [
     "Could not connect",
     "Network is unreachable",
 ];
+
+/// Names a mirror of Debian where the host's apt does not, or another than that.
+const MIRROR: &str = "FARFAULT_MIRROR";
 
 /// A private apt in a folder.
 #[derive(Debug)]
@@ -47,7 +51,12 @@ impl Apt {
             paths::create_dir(&folder.join(part))?;
         }
         let debian = &VERSIONS.debian;
-        let mirror = host_mirror().unwrap_or_else(|| debian.mirror.clone());
+        let mirror = env::var(MIRROR).ok().or_else(host_mirror).ok_or_else(|| {
+            Error::unfit(
+                "this machine's apt configuration names no mirror of Debian",
+                format!("the same command with {MIRROR}=ADDRESS, the address of one"),
+            )
+        })?;
         if !Path::new(&debian.keyring).exists() {
             return Err(Error::unfit(
                 format!("Debian's keys are not at {}", debian.keyring),
