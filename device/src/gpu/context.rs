@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Contexts: an address space each, with what waits in it (manual, section 4.1).
+//! Contexts: an address space each, with what waits in it (manual, section 4.3.2).
 
 use super::{
     fault::{FaultTable, Waiter},

@@ -9,7 +9,7 @@ use super::{
     Completion, Gpu, Outcome, Queue,
     command::{Control, PageRange, parse_control},
     context::FenceState,
-    job::Failure,
+    job::{Failure, Job},
     mmu::walk,
     settings::{MAX_PAGES_PER_REQUEST, MAX_WAITING_REQUESTS},
 };
@@ -309,13 +309,20 @@ impl Gpu {
             access: record.access,
             cause: record.cause,
         };
-        for waiter in record.waiters {
-            if waiter.access == record.access {
-                self.stats.faults.cancelled += 1;
-                self.fail_job(waiter.job, failure);
-            } else {
-                // It waits for a stronger access than its own, which may well be allowed: it
-                // tries, and gets a fault of its own if not.
+        // Those that want less than the fault's access try again: it may well be allowed, and if
+        // not they get a fault of their own. All jobs that fail do so before, for a job can have
+        // waves of both kinds, and none of a failed job goes on.
+        let (cancelled, weaker): (Vec<_>, Vec<_>) = record
+            .waiters
+            .into_iter()
+            .partition(|waiter| waiter.access == record.access);
+        for waiter in cancelled {
+            self.stats.faults.cancelled += 1;
+            self.fail_job(waiter.job, failure);
+        }
+        for waiter in weaker {
+            let lives = |job: &Job| job.failure.is_none();
+            if self.jobs.get(&waiter.job).is_some_and(lives) {
                 self.stats.faults.replayed += 1;
                 self.make_ready(waiter.job, waiter.wave);
             }

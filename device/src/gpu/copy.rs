@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Copy lists between physical addresses, in pieces that take turns (manual, section 5.2).
+//! Copy lists between physical addresses, in pieces that take turns (manual, section 5.3).
 //!
 //! A list was checked as a whole before it comes here. It knows nothing of translation.
 

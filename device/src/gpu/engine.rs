@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The engines: whose turn it is, what becomes of an access (manual, chapters 5 and 8).
+//! The engines: whose turn it is, what becomes of an access (manual, chapters 8 and 9).
 //!
 //! Copy lists, the copy engine and the compute engine take turns; within an engine contexts do,
 //! within a context its jobs, within a job its waves. A turn is one [`Work`], which is bounded, so

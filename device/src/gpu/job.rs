@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Jobs and their waves: the state that an engine goes through (manual, chapter 5).
+//! Jobs and their waves: the state that an engine goes through (manual, section 5.4,
+//! chapter 9).
 
 use super::kernels::{Access, Combine, Plan, Program};
 use farfault_protocol::{

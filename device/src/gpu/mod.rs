@@ -19,11 +19,11 @@
 //! | `settings` | what a GPU is made with, all limits | 2 |
 //! | `control`, `command` | the control queue: execution, parsing | 4 |
 //! | `submit`, `copy` | the submit queue, copy lists | 5 |
-//! | `job`, `kernels` | what jobs and waves are and do | 5 |
+//! | `job`, `kernels` | what jobs and waves are and do | 5.4, 9 |
 //! | `event` | buffers, fences, errors | 6 |
 //! | `mmu` | walk and TLB | 7 |
 //! | `fault` | parked waves, replay, cancel | 8 |
-//! | `engine`, `issue` | whose turn it is, translation, parking, retiring | 5, 8 |
+//! | `engine`, `issue` | whose turn it is, translation, parking, retiring | 8, 9 |
 //! | `flight`, `work` | accesses in flight: the invalidation promise | 4.4 |
 //! | `vram`, `memory` | the bytes themselves | 1 |
 //! | `inspect`, `stats` | looking in from outside | — |

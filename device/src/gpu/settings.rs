@@ -57,7 +57,8 @@ pub struct Settings {
     pub limits: Limits,
     /// Off: every access walks the page tables. What a program sees is the same.
     pub tlb: bool,
-    /// Off: copy lists are checked and answered, but nothing moves. Measures what the rest costs.
+    /// Off (`--no-copy`): copy lists are checked and answered, but nothing moves. For benchmarks
+    /// only: measures what the rest costs.
     pub copies: bool,
 }
 

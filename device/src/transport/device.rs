@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The GPU with its threads: who may touch it when. Manual, chapters 3 and 8 (reset).
+//! The GPU with its threads: who may touch it when. Manual, chapters 3 and 10 (reset).
 //!
 //! There is one lock, around [`Queues`], and everything happens under it except what takes long:
 //! executing [`Work`](crate::gpu::Work). Whoever holds it delivers what the GPU made before letting

@@ -388,8 +388,36 @@ fn cancel_lets_no_wave_of_the_failing_job_go_on() {
     assert_eq!(rig.gpu.stats().faults.merged, 1);
     rig.control_ok(&cancel(1, faults[0].sequence.get()));
     assert!(rig.gpu.next_work().is_none(), "the second wave goes on");
+    let stats = rig.gpu.stats().faults;
+    assert_eq!((stats.cancelled, stats.replayed), (1, 0));
     rig.finish(third);
     assert_failed(&rig.take_fence(), VA, Access::Write, FaultCause::NotPresent);
+}
+
+#[test]
+fn cancel_counts_no_replay_of_a_weaker_wave_whose_job_fails_by_another_one() {
+    let mut rig = rig();
+    rig.launch(1, 1, Kernel::Fill, &[VA, 8, 1], 1);
+    rig.run();
+    let faults = rig.take_faults();
+    // The first of three waves loads from the page, the second stores to it: it is parked behind.
+    rig.map(1, VA - PAGE, vram(0), 1, RW);
+    rig.map(1, VA + PAGE, vram(PAGE), 1, RW);
+    rig.map(1, VA + 2 * PAGE, vram(2 * PAGE), 1, RW);
+    rig.launch(1, 2, Kernel::Copy, &[VA - PAGE, VA, 3 * PAGE], 3);
+    let third = rig.gpu.next_work().unwrap();
+    assert!(rig.gpu.next_work().is_none());
+    assert_eq!(rig.gpu.stats().faults.merged, 2);
+
+    rig.control_ok(&cancel(1, faults[0].sequence.get()));
+    let stats = rig.gpu.stats().faults;
+    assert_eq!((stats.cancelled, stats.replayed), (2, 0));
+    assert!(rig.gpu.next_work().is_none(), "the first wave goes on");
+    assert!(rig.gpu.faults().is_empty());
+    let before: Vec<_> = rig.take_events();
+    assert!(matches!(before[..], [Event::Fence(fence)] if fence.fence.get() == 1));
+    rig.finish(third);
+    assert_eq!(rig.take_fence().fence.get(), 2);
 }
 
 #[test]

@@ -242,6 +242,28 @@ fn system_page_without_ram_is_a_bus_error_of_that_job_alone() {
 }
 
 #[test]
+fn huge_page_in_place_of_a_read_only_small_one_is_walked_to_once() {
+    let mut rig = rig();
+    let va = 2 * MIB;
+    let store = [va, 8, 1];
+    rig.map(0, va, vram(0), 1, 0);
+    rig.launch(0, 1, Kernel::Sum, &[va, 8], 1);
+    rig.run();
+    rig.take_result(1);
+    // More permissions need no invalidation (manual, section 7.7).
+    rig.map_huge(0, va, vram(0), RW);
+    for (count, misses) in [(1, 1), (2, 0)] {
+        let before = rig.gpu.stats().compute_mmu.misses;
+        rig.launch(0, 2, Kernel::Add, &store, 1);
+        rig.run();
+        rig.take_result(2);
+        assert_eq!(rig.gpu.stats().compute_mmu.misses - before, misses);
+        assert_eq!(rig.vram_word(0), count);
+    }
+    assert_eq!(rig.gpu.tlb().len(), 1);
+}
+
+#[test]
 fn huge_page_over_touching_pieces_of_ram_is_used_as_one() {
     let mut rig = rig();
     let va = 0x8000_0000;

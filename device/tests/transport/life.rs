@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Reset, the end of a VM, and the end of the process. Manual, chapter 8.
+//! Reset, the end of a VM, and the end of the process. Manual, chapter 10.
 
 use crate::{
     device::{Device, program},

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The device as QEMU meets it: the real process, over a real socket, with a front end and a driver
-//! that live in the test. Manual, chapters 2 to 8.
+//! that live in the test. Manual, chapters 2 to 10.
 //!
 //! Every wait has a deadline ([`guest::DEADLINE`]); every device process is ended with its test.
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The TLB of one engine: a set-associative cache of leaves, tagged with the context (manual,
-//! section 7.4). It knows nothing of page tables; what it holds is true until invalidated.
+//! section 7.7). It knows nothing of page tables; what it holds is true until invalidated.
 
 use super::walk::Leaf;
 use farfault_protocol::{
-    address::{GpuVa, HUGE_PAGE_SHIFT, PAGE_SHIFT},
+    address::{GpuVa, HUGE_PAGE_SHIFT, HUGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE},
     event::Access,
     pte::{Location, Pte},
 };
@@ -152,12 +152,21 @@ impl Tlb {
             .filter(|entry| entry.allows(access))
     }
 
-    /// Adds a translation, in the place of an older one of the same page. Whether another valid
+    /// Adds a translation, in the place of older ones of the same addresses. Whether another valid
     /// one had to go.
     pub fn insert(&mut self, entry: Entry) -> bool {
+        // No address is in both arrays: an older small page would hide a huge one that allows more,
+        // and each store would walk.
+        let Entry { context, .. } = entry;
+        let start = entry.start();
         if entry.huge {
+            let first = page_number(start, false);
+            let last = first + HUGE_PAGE_SIZE / PAGE_SIZE - 1;
+            self.small.invalidate(context, first, last);
             self.huge.insert(entry)
         } else {
+            let around = page_number(start, true);
+            self.huge.invalidate(context, around, around);
             self.small.insert(entry)
         }
     }
