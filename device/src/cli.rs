@@ -50,6 +50,9 @@ pub struct Serve {
     /// End when the VM that the GPU served is gone, instead of waiting for the next one
     #[arg(long)]
     pub once: bool,
+    /// For benchmarks only, as data is lost: a driver's copies are answered, but move nothing
+    #[arg(long)]
+    pub no_copy: bool,
     /// Log more; twice for everything (RUST_LOG overrides it)
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -175,6 +178,7 @@ mod tests {
     fn command_line_of_each_mode_is_accepted() {
         for line in [
             "farfault-device --socket /tmp/g --vram 64M --threads 2 --once -vv",
+            "farfault-device --socket /tmp/g --no-copy",
             "farfault-device stats --control /tmp/c --json",
             "farfault-device inspect --control /tmp/c page-table 3",
             "farfault-device inspect tlb --control /tmp/c",
