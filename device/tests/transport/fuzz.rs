@@ -181,8 +181,9 @@ fn take(guest: &mut Guest, step: &Step) {
     }
 }
 
-/// After a reset everything must work, whatever was before.
-fn assert_works(device: &mut Device, guest: &mut Guest) {
+/// After a reset everything must work, whatever was before. Returns the bytes of its own memory that
+/// the device uses.
+fn assert_works(device: &mut Device, guest: &mut Guest) -> u64 {
     device.assert_alive();
     guest.stop();
     guest.start();
@@ -194,6 +195,7 @@ fn assert_works(device: &mut Device, guest: &mut Guest) {
         "the device uses {} MiB of its own",
         memory >> 20
     );
+    memory
 }
 
 #[test]
@@ -225,12 +227,20 @@ fn random_steps_for_a_long_time_do_not_make_it_grow() {
     let mut runner = TestRunner::default();
     let step = step();
     let mut steps = 0u64;
+    let mut first = None;
+    let mut most = 0;
     while Instant::now() < end {
         for _ in 0..500 {
             take(&mut guest, &step.new_tree(&mut runner).unwrap().current());
             steps += 1;
         }
-        assert_works(&mut device, &mut guest);
+        let memory = assert_works(&mut device, &mut guest);
+        first.get_or_insert(memory);
+        most = most.max(memory);
     }
-    println!("{steps} random steps in {seconds} s");
+    println!(
+        "{steps} random steps in {seconds} s; memory of the device: {} KiB at first, {} KiB at most",
+        first.unwrap_or_default() >> 10,
+        most >> 10,
+    );
 }
