@@ -447,7 +447,11 @@ impl Space {
                 Some(access) => HmmPfn::request(true, access != Access::Read),
             };
         }
+        let at = region + (wanted.first() << PAGE_SHIFT);
+        let (advised, advice) = self.advice.lock().range_at(at);
         let lock = MmapLock::read(mm);
+        // What can't move is at its place wherever it is.
+        let movable = lock.vma_lookup(at).is_some_and(|vma| vma.is_anonymous());
         let snapshot = self.mirror.range_fault(
             &lock,
             region..region + (count << PAGE_SHIFT),
@@ -471,6 +475,10 @@ impl Space {
                 continue;
             }
             let write = access.is_some_and(|a| a != Access::Read);
+            let address = region + (index << PAGE_SHIFT);
+            if access.is_none() && !advised.contains(&address) {
+                continue;
+            }
             let Some(leaf) = valid.pfns().get(index).and_then(|&p| leaf(&map, p, write)) else {
                 if access.is_some() {
                     return Err(EFAULT);
@@ -479,6 +487,10 @@ impl Space {
             };
             if write && !leaf.has(Pte::WRITABLE) {
                 return Err(EXDEV);
+            }
+            if access.is_none() && movable && !is_at_its_place(leaf, advice) {
+                // Its own fault moves it.
+                continue;
             }
             match leaf.location() {
                 // The CPU's own entry may be clean; the GPU's store must not be forgotten.
@@ -573,6 +585,12 @@ impl Wanted {
         wanted
     }
 
+    /// The first page that matters.
+    fn first(&self) -> usize {
+        let first = self.pages.iter().position(|&access| access != 0);
+        first.unwrap_or(self.groups.trailing_zeros() as usize % u64::BITS as usize * MAP_AROUND)
+    }
+
     /// Pages from the region's begin to the last that matters.
     fn end(&self) -> usize {
         (u64::BITS - self.groups.leading_zeros()) as usize * MAP_AROUND
@@ -588,6 +606,15 @@ impl Wanted {
 
     fn is_near(&self, index: usize) -> bool {
         self.groups & (1 << (index / MAP_AROUND)) != 0
+    }
+}
+
+/// Whether a GPU fault would leave a page where the leaf has it.
+fn is_at_its_place(leaf: Pte, advice: Advice) -> bool {
+    match (advice, leaf.location()) {
+        (Advice::MapOnly, _) => true,
+        (Advice::PreferCpu, location) => matches!(location, Location::System(_)),
+        (Advice::Default | Advice::PreferGpu, location) => matches!(location, Location::Vram(_)),
     }
 }
 

@@ -340,11 +340,14 @@ fn hold_closed(_: &[String]) -> Result<()> {
     move_all(&gpu, orphan, Place::Vram)?;
     let (from_parent, to_child) = pipe()?;
     let (mut from_parent, mut to_child) = (File::from(from_parent), File::from(to_child));
+    let (from_child, to_parent) = pipe()?;
+    let (mut from_child, mut to_parent) = (File::from(from_child), File::from(to_parent));
     let gpu = RefCell::new(Some(gpu));
     let child = fork(|| {
         // The descriptor that it inherited is one of those that keep the module.
         drop(gpu.take());
-        let told = from_parent.read_exact(&mut [0]);
+        let told = to_parent.write_all(&[1]);
+        let told = told.and_then(|()| from_parent.read_exact(&mut [0]));
         match told
             .map_err(anyhow::Error::from)
             .and_then(|()| oracle::check(orphan, SEED, 0))
@@ -357,6 +360,7 @@ fn hold_closed(_: &[String]) -> Result<()> {
         }
     })?;
     orphan.unmap()?;
+    from_child.read_exact(&mut [0])?;
     drop(gpu.take());
     say(READY);
     wait_for_a_line()?;
