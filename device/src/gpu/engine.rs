@@ -16,7 +16,7 @@ use super::{
     job::{Failure, Job},
     kernels::{Progress, Step},
     mmu::Mmu,
-    settings::MAX_PARKED_PER_CALL,
+    settings::{MAX_PARKED_PER_CALL, WORKS_BETWEEN_RETRIES},
     work::{Operand, Operation, Outcome, Work, WorkDone},
 };
 use farfault_protocol::{
@@ -110,6 +110,9 @@ impl Gpu {
     pub fn next_work(&mut self) -> Option<Work> {
         if self.resetting {
             return None;
+        }
+        if self.works_since_retry >= WORKS_BETWEEN_RETRIES {
+            self.retry_unreported();
         }
         let mut idle = 0;
         let mut parked = 0;
@@ -285,6 +288,7 @@ impl Gpu {
 
     fn work(&mut self, owner: Owner, operation: Operation, bytes: u64) -> Work {
         self.stats.work.issued += 1;
+        self.works_since_retry = self.works_since_retry.saturating_add(1);
         Work {
             id: self.flights.begin(owner),
             vram: Arc::clone(&self.vram),
@@ -401,6 +405,7 @@ impl Gpu {
     /// Lets as many waves whose fault found no buffer try again as there are buffers now. Whether
     /// there were any. Each takes its buffer, or does not need it: this comes to an end.
     fn retry_unreported(&mut self) -> bool {
+        self.works_since_retry = 0;
         let mut woken = false;
         for _ in 0..self.events.free_buffers() {
             let Some(waiter) = self.contexts.pop_unreported() else {

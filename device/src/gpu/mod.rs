@@ -126,6 +126,8 @@ pub struct Gpu {
     copies: CopyLists,
     /// Who is asked for work next.
     turn: engine::Turn,
+    /// Works begun since waves last tried a fault again that found no buffer.
+    works_since_retry: u32,
     events: Events,
     flights: Flights,
     control: ControlQueue,
@@ -149,6 +151,7 @@ impl Gpu {
             ],
             copies: CopyLists::default(),
             turn: engine::Turn::default(),
+            works_since_retry: 0,
             events: Events::default(),
             flights: Flights::default(),
             control: ControlQueue::default(),

@@ -240,6 +240,28 @@ fn overflow_loses_nothing() {
 }
 
 #[test]
+fn fault_without_a_buffer_is_tried_again_beside_a_job_without_end() {
+    let mut rig = rig_without_buffers();
+    // A word that points to itself.
+    rig.map(1, VA, vram(0), 1, RW);
+    rig.set_vram_word(0, VA);
+    rig.launch(1, 1, Kernel::PointerChase, &[VA, u64::MAX], 1);
+    rig.launch(1, 2, Kernel::Sum, &[VA + PAGE, 8], 1);
+    for _ in 0..10 {
+        assert!(rig.step());
+    }
+    assert_eq!(rig.gpu.contexts()[0].unreported_waves, 1);
+    // The first is for the note.
+    rig.gpu.post_event_buffers(2);
+    assert!(matches!(rig.take_events()[..], [Event::Error(_)]));
+    for _ in 0..1000 {
+        assert!(rig.step());
+    }
+    let faults = rig.take_faults();
+    assert!(matches!(faults[..], [fault] if fault.fence.get() == 2));
+}
+
+#[test]
 fn contexts_take_turns_for_the_buffers_after_an_overflow() {
     let mut rig = rig_without_buffers();
     rig.create_context(2);
