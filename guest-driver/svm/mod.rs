@@ -7,6 +7,7 @@
 //! | `mirror` | the MMU notifier: what the CPU unmaps, the GPU unmaps |
 //! | `page_table` | the GPU's tables, as commands |
 //! | `fault` | GPU faults: from the event to the replay |
+//! | `map` | from the CPU's page tables to the GPU's |
 //! | `migrate` | pages to VRAM and home, for one address space |
 //! | `residence` | what mm asks of a page in VRAM: the CPU's fault, the last reference |
 //! | `evict` | room in VRAM, and everything home |
@@ -28,6 +29,7 @@ pub(crate) mod advice;
 pub(crate) mod evict;
 pub(crate) mod fault;
 pub(crate) mod jobs;
+pub(crate) mod map;
 pub(crate) mod migrate;
 pub(crate) mod mirror;
 pub(crate) mod page_table;

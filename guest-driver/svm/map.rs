@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: GPL-2.0
+//! From the CPU's page tables to the GPU's: snapshot, lock, recheck, write, all for one region.
+//!
+//! What the CPU has is asked each time and written to the GPU's tables under the update lock, if
+//! nothing changed meanwhile; so there is nothing to keep in step.
+
+use super::{fault::Fault, residence::Pagemap, Service, Space, REGION_BYTES};
+use crate::{
+    kapi::{hmm::HmmPfn, mm::MmapLock},
+    svm::page_table::{Entries, Supplies},
+    uapi::Advice,
+    vram::{VramPage, BLOCK_ORDER, BLOCK_PAGES},
+};
+use core::ops::Range;
+use farfault_protocol::{
+    address::SystemAddr,
+    event::Access,
+    pte::{Location, Pte},
+};
+use kernel::{mm::MmWithUser, page::PAGE_SHIFT, prelude::*};
+
+/// Size, in pages, of the aligned group around a fault that is mapped along with it, as far as the
+/// CPU has the pages already.
+const MAP_AROUND: usize = BLOCK_PAGES / u64::BITS as usize;
+
+impl Space {
+    /// A snapshot without faults, to be believed by nobody who must be right.
+    pub(super) fn look(
+        &self,
+        mm: &MmWithUser,
+        map: &Pagemap,
+        range: Range<usize>,
+        pfns: &mut [HmmPfn],
+    ) -> Result {
+        pfns.iter_mut().for_each(|p| *p = HmmPfn::NONE);
+        let lock = MmapLock::read(mm);
+        self.mirror
+            .range_fault(&lock, range, map.owner(), pfns)
+            .map(|_| ())
+    }
+
+    /// Tables for a mapping at `address`, where some may be missing.
+    fn supplies(&self, address: usize) -> Result<Supplies> {
+        let tables = self.mirror.lock();
+        let table = tables.table.as_ref().ok_or(ENODEV)?;
+        let (lacks, crowded) = (table.lacks_tables(address), self.gpu.is_crowded(table));
+        drop(tables);
+        if crowded {
+            self.forget_mappings()?;
+        }
+        if !lacks && !crowded {
+            return Ok(Supplies::NONE);
+        }
+        self.gpu.supplies()
+    }
+
+    /// Unmaps all and gives the tables back: the GPU faults on what it still needs.
+    fn forget_mappings(&self) -> Result {
+        let mut tables = self.mirror.lock();
+        let tables = &mut *tables;
+        let table = tables.table.as_mut().ok_or(ENODEV)?;
+        tables.batch.clear();
+        table.clear(&mut tables.batch)?;
+        self.gpu.control(&mut tables.batch)?;
+        table.forget(&self.gpu.vram);
+        Ok(())
+    }
+
+    /// Maps what is there of a range, inside one region, so that the GPU's next use need not fault.
+    pub(super) fn map_ahead(&self, service: &mut Service, mm: &MmWithUser, range: Range<usize>) {
+        let region = range.start & !(REGION_BYTES - 1);
+        let pages = (range.start - region) >> PAGE_SHIFT..(range.end - region) >> PAGE_SHIFT;
+        // Where it does not work out, the GPU faults.
+        let _ = self.try_map(service, mm, region, &Wanted::near(pages), None);
+    }
+
+    /// One attempt. `EBUSY`: the range changed meanwhile. `EXDEV`: see `map_faults`.
+    pub(super) fn try_map(
+        &self,
+        service: &mut Service,
+        mm: &MmWithUser,
+        region: usize,
+        wanted: &Wanted,
+        through: Option<u64>,
+    ) -> Result<bool> {
+        let mut supplies = self.supplies(region)?;
+        let result = self.try_map_with(service, mm, region, wanted, through, &mut supplies);
+        supplies.give_back(&self.gpu.vram);
+        result
+    }
+
+    fn try_map_with(
+        &self,
+        service: &mut Service,
+        mm: &MmWithUser,
+        region: usize,
+        wanted: &Wanted,
+        through: Option<u64>,
+        supplies: &mut Supplies,
+    ) -> Result<bool> {
+        let map = self.gpu.pagemap()?;
+        // From the region's begin on: hmm reports a huge page of VRAM wrongly to who starts in it.
+        let count = wanted.end();
+        for (index, pfn) in service.pfns.iter_mut().enumerate() {
+            *pfn = match wanted.access(index) {
+                None => HmmPfn::NONE,
+                Some(access) => HmmPfn::request(true, access != Access::Read),
+            };
+        }
+        let at = region + (wanted.first() << PAGE_SHIFT);
+        let (advised, advice) = self.advice.lock().range_at(at);
+        let lock = MmapLock::read(mm);
+        // What can't move is at its place wherever it is.
+        let movable = lock.vma_lookup(at).is_some_and(|vma| vma.is_anonymous());
+        let snapshot = self.mirror.range_fault(
+            &lock,
+            region..region + (count << PAGE_SHIFT),
+            map.owner(),
+            &mut service.pfns,
+        )?;
+        drop(lock);
+        let mut valid = snapshot.lock().ok_or(EBUSY)?;
+
+        let head = valid.pfns().first().copied().unwrap_or(HmmPfn::NONE);
+        let huge = head.is_valid() && !head.is_error() && head.order() >= BLOCK_ORDER;
+        for (index, slot) in service.entries.iter_mut().enumerate() {
+            *slot = Pte::EMPTY;
+            // A huge entry stands for all.
+            let (access, used) = if huge {
+                (wanted.strongest(), index == 0)
+            } else {
+                (wanted.access(index), index < count && wanted.is_near(index))
+            };
+            if !used {
+                continue;
+            }
+            let write = access.is_some_and(|a| a != Access::Read);
+            let address = region + (index << PAGE_SHIFT);
+            if access.is_none() && !advised.contains(&address) {
+                continue;
+            }
+            let Some(leaf) = valid.pfns().get(index).and_then(|&p| leaf(&map, p, write)) else {
+                if access.is_some() {
+                    return Err(EFAULT);
+                }
+                continue;
+            };
+            if write && !leaf.has(Pte::WRITABLE) {
+                return Err(EXDEV);
+            }
+            if access.is_none() && movable && !is_at_its_place(leaf, advice) {
+                // Its own fault moves it.
+                continue;
+            }
+            match leaf.location() {
+                // The CPU's own entry may be clean; the GPU's store must not be forgotten.
+                Location::System(_) if leaf.has(Pte::WRITABLE) => valid.mark_dirty(index),
+                Location::System(_) => {}
+                Location::Vram(address) => self.gpu.vram.touch(VramPage::containing(address)),
+            }
+            *slot = leaf;
+        }
+
+        let tables = valid.state();
+        let table = tables.table.as_mut().ok_or(ENODEV)?;
+        tables.batch.clear();
+        let entries = match service.entries.first() {
+            Some(&Pte(leaf)) if huge => Entries::Huge(Pte(leaf | Pte::HUGE)),
+            _ => Entries::Small(&service.entries),
+        };
+        let mapped = table.map(region, entries, supplies, &mut tables.batch)?;
+        let mut replayed = false;
+        if let Some(through) = through {
+            if tables.batch.has_room_for(service.failed.len()) {
+                for &sequence in &service.failed {
+                    tables.batch.cancel(self.context, sequence)?;
+                }
+                tables.batch.replay(self.context, through)?;
+                replayed = true;
+            }
+        }
+        self.gpu.control(&mut tables.batch)?;
+        self.count(|c| &c.pages_mapped, mapped as u64);
+        Ok(replayed)
+    }
+}
+
+/// The leaf for a page as the CPU has it; memory of others and what is not there has none. RAM is
+/// mapped for stores only where the GPU wants to store: else the page would count as dirty.
+fn leaf(map: &Pagemap, pfn: HmmPfn, write: bool) -> Option<Pte> {
+    if !pfn.is_valid() || pfn.is_error() {
+        return None;
+    }
+    let frame = pfn.pfn()?;
+    let (location, writable) = match map.lookup(frame) {
+        Some(page) => {
+            let page = VramPage::from(page);
+            (Location::Vram(page.address()), pfn.is_writable())
+        }
+        None => {
+            let address = SystemAddr::new(frame.phys());
+            (Location::System(address), pfn.is_writable() && write)
+        }
+    };
+    let flags = if writable {
+        Pte::WRITABLE | Pte::ATOMIC
+    } else {
+        0
+    };
+    Some(Pte::leaf(location, flags))
+}
+
+/// Which pages of a region are to be mapped. Its groups are as many as a word has bits.
+pub(super) struct Wanted {
+    /// By page: raw [`Access`], the strongest, or zero.
+    pages: [u8; BLOCK_PAGES],
+    /// By group of [`MAP_AROUND`] pages: one of them faulted.
+    pub(super) groups: u64,
+}
+
+impl Wanted {
+    const NOTHING: Self = Self {
+        pages: [0; BLOCK_PAGES],
+        groups: 0,
+    };
+
+    /// What the faults of one region want, and what is near them.
+    pub(super) fn of(faults: &[Fault]) -> Self {
+        let mut wanted = Self::NOTHING;
+        for fault in faults {
+            if let Some(page) = wanted.pages.get_mut(fault.index()) {
+                *page = fault.access.raw().max(*page);
+            }
+            wanted.groups |= 1 << (fault.index() / MAP_AROUND);
+        }
+        wanted
+    }
+
+    /// What is there of some pages of a region.
+    pub(super) fn near(pages: Range<usize>) -> Self {
+        let mut wanted = Self::NOTHING;
+        for index in pages {
+            wanted.groups |= 1 << (index / MAP_AROUND);
+        }
+        wanted
+    }
+
+    /// The first page that matters.
+    fn first(&self) -> usize {
+        let first = self.pages.iter().position(|&access| access != 0);
+        first.unwrap_or(self.groups.trailing_zeros() as usize % u64::BITS as usize * MAP_AROUND)
+    }
+
+    /// Pages from the region's begin to the last that matters.
+    pub(super) fn end(&self) -> usize {
+        (u64::BITS - self.groups.leading_zeros()) as usize * MAP_AROUND
+    }
+
+    pub(super) fn access(&self, index: usize) -> Option<Access> {
+        Access::from_raw(*self.pages.get(index)?)
+    }
+
+    fn strongest(&self) -> Option<Access> {
+        Access::from_raw(*self.pages.iter().max()?)
+    }
+
+    fn is_near(&self, index: usize) -> bool {
+        self.groups & (1 << (index / MAP_AROUND)) != 0
+    }
+}
+
+/// Whether a GPU fault would leave a page where the leaf has it.
+fn is_at_its_place(leaf: Pte, advice: Advice) -> bool {
+    match (advice, leaf.location()) {
+        (Advice::MapOnly, _) => true,
+        (Advice::PreferCpu, location) => matches!(location, Location::System(_)),
+        (Advice::Default | Advice::PreferGpu, location) => matches!(location, Location::Vram(_)),
+    }
+}
