@@ -63,9 +63,9 @@ pub struct ConfigSpace {
     pub serial: U64,
     /// Contexts have the numbers 0 to this, exclusive.
     pub max_contexts: U32,
-    /// Jobs at a time, of all contexts, until their fence event is delivered.
+    /// Jobs at a time, of all contexts, each until its fence event is written to a buffer.
     pub max_jobs: U32,
-    /// Waves at a time, of all jobs.
+    /// Waves at a time, of all jobs; one that has ended counts until its job has.
     pub max_waves: U32,
     /// Bytes of a request on the control or submit queue, reply not counted.
     pub max_request: U32,

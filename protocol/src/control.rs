@@ -3,7 +3,8 @@
 //!
 //! A request is one or more commands, back to back. The device executes them in order and stops at
 //! the first that fails. The reply is one [`Reply`], followed by the data of the commands that
-//! return some.
+//! return some. All [`ReadPtes`] and [`HarvestAccessed`] of one request together may name
+//! [`MAX_PAGES_PER_REQUEST`] pages.
 
 use crate::{
     address::{GpuVa, VramAddr},
@@ -137,7 +138,8 @@ pub struct Invalidate {
 assert_layout!(Invalidate, size = 32, header @ 0, context @ 8, reserved @ 12, start @ 16, length @ 24);
 
 /// Lets waves that are parked on a fault try again: those of the context whose fault has a sequence
-/// number up to `through`, and all whose fault was not reported because the fault buffer was full.
+/// number up to `through`, and all whose fault was not reported because no buffer was posted. (These
+/// also try again by themselves when there are buffers.) A number that nobody waits for is no error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Replay {
@@ -153,8 +155,10 @@ pub struct Replay {
 
 assert_layout!(Replay, size = 24, header @ 0, context @ 8, reserved @ 12, through @ 16);
 
-/// Ends the jobs that wait for one fault: they fail with [`crate::event::JobStatus::Fault`]. A
-/// sequence number that nobody waits for is no error.
+/// Ends the jobs that wait for one fault and want its very access: they fail with
+/// [`crate::event::JobStatus::Fault`]. Waves of other jobs that wait for it and want a weaker access
+/// try again, for that may be allowed; if not, it is a new fault. A sequence number that nobody waits
+/// for is no error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Cancel {
@@ -188,8 +192,11 @@ pub struct ReadPtes {
 
 assert_layout!(ReadPtes, size = 24, header @ 0, context @ 8, count @ 12, start @ 16);
 
-/// Most pages of one [`ReadPtes`].
+/// Most pages of one [`ReadPtes`], and of one [`HarvestAccessed`].
 pub const MAX_READ_PTES: u32 = 512;
+
+/// Most pages of all [`ReadPtes`] and [`HarvestAccessed`] of one request together.
+pub const MAX_PAGES_PER_REQUEST: u32 = 4096;
 
 /// Counts the leaves of a range whose accessed bit is set, clears these bits, and drops the range
 /// from the TLBs (without waiting), so that the next use sets them again. The count is the value.
@@ -208,7 +215,8 @@ pub struct HarvestAccessed {
 
 assert_layout!(HarvestAccessed, size = 24, header @ 0, context @ 8, count @ 12, start @ 16);
 
-/// Ends a job: it fails with [`crate::event::JobStatus::Killed`], if it has not ended by itself.
+/// Ends a job: it fails with [`crate::event::JobStatus::Killed`], if it has not ended by itself. Its
+/// fence event comes either way, and not necessarily before the reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct KillJob {

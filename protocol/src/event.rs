@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The event queue (manual, chapter 6). The device writes one event of [`EVENT_SIZE`] bytes to each
 //! buffer that the driver posted; the buffers posted are the fault buffer.
+//!
+//! Fences and errors that find no buffer wait for one. Buffers that are posted go to waiting fences
+//! first, then to [`ErrorCode::FaultOverflow`], then to [`ErrorCode::BadDescriptor`], then to faults.
+//! A fault does not wait: without a buffer it is not reported, and its wave tries again when there is
+//! one.
 
 use crate::{address::GpuVa, assert_layout, wire_enum, U16, U32, U64};
 use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -75,8 +80,10 @@ wire_enum! {
     }
 }
 
-/// A replayable fault: the wave is parked until [`crate::control::Replay`] or
-/// [`crate::control::Cancel`].
+/// A replayable fault: the wave is parked until [`crate::control::Replay`],
+/// [`crate::control::Cancel`], or the end of its job. Others that miss the same page for the same or a
+/// weaker access wait with it and are not reported. When nobody waits any more, the fault is
+/// forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct FaultEvent {
@@ -111,7 +118,8 @@ wire_enum! {
     pub enum JobStatus: u32 {
         /// It did all that it asks.
         Ok = 0,
-        /// The driver cancelled its fault: `page`, `access` and `cause` tell which.
+        /// The driver cancelled a fault that it waited for: `page`, `access` and `cause` are the
+        /// fault's.
         Fault = 1,
         /// The driver killed it.
         Killed = 2,
@@ -130,13 +138,14 @@ pub struct FenceEvent {
     pub fence: U64,
     /// What the kernel computes ([`crate::submit::Kernel`]); zero if it failed.
     pub result: U64,
-    /// Of a failed job, the page that it could not reach; zero else.
+    /// Of a job that failed with [`JobStatus::Fault`] or [`JobStatus::BusError`], the page that it
+    /// could not reach; zero else.
     pub page: GpuVa,
     /// [`JobStatus`].
     pub status: U32,
-    /// [`Access`] of a failed job, zero else.
+    /// [`Access`] of such a job, zero else.
     pub access: u8,
-    /// [`FaultCause`] of a cancelled job, zero else.
+    /// [`FaultCause`] of a job with [`JobStatus::Fault`], zero else.
     pub cause: u8,
     /// Zero.
     pub reserved: [u8; 26],
@@ -151,11 +160,14 @@ assert_layout!(
 wire_enum! {
     /// What an [`ErrorEvent`] reports.
     pub enum ErrorCode: u32 {
-        /// Faults found no buffer since the last event; their waves wait for a replay of their
-        /// context, and `context` is zero. `detail` is how many were lost.
+        /// Faults found no buffer since the last event of this code; `detail` is how many. Their
+        /// waves try again when there are buffers, or at a replay of their context. `context` is
+        /// zero. Between two events of this code there is a fault.
         FaultOverflow = 1,
-        /// The driver put a chain on a queue that the device cannot answer (no room for a reply, an
-        /// address outside of RAM). It was returned with length zero. `detail` is the queue.
+        /// The driver put a chain on a queue that the device cannot answer (no room for the reply, an
+        /// address outside of RAM, …): it was returned with length zero. Or the indices of the ring
+        /// make no sense: it stands still until they do. `detail` is the queue. One event can tell of
+        /// several.
         BadDescriptor = 2,
     }
 }

@@ -47,7 +47,8 @@ impl Pte {
     pub const SYSTEM: u64 = 1 << 4;
     /// Leaf: an engine translated through the entry. Set by the device, cleared by the driver.
     pub const ACCESSED: u64 = 1 << 5;
-    /// Leaf: an engine translated through the entry for a store. Set by the device.
+    /// Leaf: an engine translated through the entry for a store. Set by the device, cleared by the
+    /// driver: which loses a bit set since it read the entry (manual, section 7.4).
     pub const DIRTY: u64 = 1 << 6;
     /// The address, in place: of a 4 KiB page, a 2 MiB page, or a table in VRAM.
     pub const ADDRESS: u64 = ((1 << 52) - 1) & !(PAGE_SIZE - 1);

@@ -14,7 +14,7 @@ wire_enum! {
     pub enum Opcode: u16 {
         /// Does nothing: the header alone.
         Nop = 0,
-        /// [`Copy`] and its [`CopyRun`]s; answered when the copies are done.
+        /// [`struct@Copy`] and its [`CopyRun`]s; answered when the copies are done.
         Copy = 1,
         /// [`Launch`]; answered when the job is accepted, completed by a fence event.
         Launch = 2,
@@ -36,7 +36,9 @@ pub struct Reply {
 assert_layout!(Reply, size = 8, status @ 0, index @ 4);
 
 /// Moves bytes between physical addresses. [`CopyRun`]s follow, at least one. They run in any order
-/// and at the same time; a run's ends may not overlap each other, nor another run's destination.
+/// and at the same time; where a run's destination overlaps its own source, or an end of another run,
+/// the contents are undefined. All runs are checked before the first begins. A failure after that is
+/// one of RAM that went away meanwhile: the contents of all destinations are undefined then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Copy {
@@ -59,7 +61,7 @@ wire_enum! {
     }
 }
 
-/// One contiguous piece of a [`Copy`].
+/// One contiguous piece of a [`struct@Copy`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct CopyRun {
@@ -142,13 +144,14 @@ wire_enum! {
         /// (destination, expected, desired): one wave; stores `desired` if the word is `expected`,
         /// atomically. The result is the word before.
         CompareAndSwap = 6,
-        /// (start, steps): one wave; reads a word, takes it for the next address, and so on. The
-        /// result is the last word read.
+        /// (start, steps): one wave; reads a word, takes it for the next address without regard to
+        /// its three lowest bits, and so on. The result is the last word read.
         PointerChase = 7,
     }
 }
 
-/// Number of arguments that a [`Launch`] carries; a kernel's unused ones are zero.
+/// Number of arguments that a [`Launch`] carries; a kernel's unused ones are zero, or it is
+/// [`crate::command::Status::Malformed`].
 pub const KERNEL_ARGUMENTS: usize = 4;
 
 /// Starts a job.
@@ -161,9 +164,9 @@ pub struct Launch {
     pub context: U32,
     /// [`Kernel`].
     pub kernel: U32,
-    /// The driver's name for the job, unique in the context while the job lives.
+    /// The driver's name for the job, unique in the context until its fence event is written.
     pub fence: U64,
-    /// Waves to share the work among, 1 to `max_waves`.
+    /// Waves to share the work among, 1 to `max_waves`; 1 for a kernel with one wave.
     pub waves: U32,
     /// Zero.
     pub reserved: U32,

@@ -11,13 +11,13 @@ use super::{
     context::FenceState,
     job::{Failure, Job},
     mmu::walk,
-    settings::{MAX_PAGES_PER_REQUEST, MAX_WAITING_REQUESTS},
+    settings::MAX_WAITING_REQUESTS,
 };
 use farfault_protocol::{
     U32, U64,
     address::{GpuVa, PAGE_SIZE, VramAddr},
     command::Status,
-    control::{Opcode, PteRun, Reply},
+    control::{MAX_PAGES_PER_REQUEST, Opcode, PteRun, Reply},
     pte::{ENTRY_SIZE, Pte},
 };
 use std::{
@@ -35,7 +35,8 @@ struct Execution {
     completed: u32,
     value: u64,
     data: Vec<u8>,
-    /// Pages that its commands may still name.
+    /// Pages that its commands may still name: bounds the reply, and the time that one request keeps
+    /// the GPU from its work.
     pages: u32,
 }
 

@@ -6,9 +6,6 @@ use farfault_protocol::address::HUGE_PAGE_SIZE;
 /// Most requests that wait on one queue; more are answered with `Busy`. No virtqueue of QEMU's
 /// generic device is longer.
 pub(crate) const MAX_WAITING_REQUESTS: usize = 1024;
-/// Most pages that all `ReadPtes` and `HarvestAccessed` of one request may name together. Bounds
-/// the reply, and the time that one request keeps the GPU from its work.
-pub(crate) const MAX_PAGES_PER_REQUEST: u32 = 4096;
 /// Most bytes that one [`Work`](super::Work) moves, and so what an invalidation may have to wait
 /// for, per worker.
 pub(crate) const WORK_BYTES: u64 = 256 << 10;

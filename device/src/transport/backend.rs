@@ -12,6 +12,7 @@
 
 use super::{Device, queues::QUEUES, ring::Ring, vring::Vring};
 use crate::rate_limit::RateLimit;
+use farfault_protocol::command::MAX_DESCRIPTORS;
 use std::{
     io,
     sync::{
@@ -29,8 +30,8 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use zerocopy::IntoBytes;
 
-/// Longest ring.
-const MAX_QUEUE_SIZE: usize = super::chain::MAX_DESCRIPTORS;
+/// Longest ring: no longer than a chain may be, as one chain may take all of it.
+const MAX_QUEUE_SIZE: usize = MAX_DESCRIPTORS;
 /// `VHOST_USER_F_PROTOCOL_FEATURES`: never seen by the guest.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// The event, of each queue's thread, that ends it. The crate uses the numbers up to [`QUEUES`].

@@ -5,16 +5,14 @@
 //! writes can change what was checked. Knows nothing of the commands inside.
 //!
 //! What counts as a bad chain: it ends before its last descriptor (a loop, an index beyond the
-//! queue, a table outside of RAM), has more descriptors than the longest queue, has a readable
+//! queue, a table outside of RAM), has more than [`MAX_DESCRIPTORS`], has a readable
 //! descriptor behind a writable one, touches an address outside of RAM, or has no room for a reply.
 //! A request that is merely too long is no bad chain: it can be answered.
 
+use farfault_protocol::command::MAX_DESCRIPTORS;
 use std::ops::Deref;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
-
-/// Most descriptors of a chain: as many as the longest queue that the device offers has.
-pub(super) const MAX_DESCRIPTORS: usize = 1024;
 
 /// Why a chain cannot be answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
