@@ -7,6 +7,7 @@ mod copies;
 mod faults;
 mod garbage;
 mod jobs;
+mod manual;
 mod mmu;
 mod model;
 mod promise;
