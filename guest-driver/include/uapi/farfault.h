@@ -4,12 +4,16 @@
  *
  * Opening the device gives a GPU address space that mirrors the opener's: jobs use the process's
  * own pointers. It belongs to that address space alone; calls from another one (a child after
- * fork, a process that was sent the descriptor) fail with EPERM.
+ * fork, a process that was sent the descriptor) fail with EPERM. open() itself fails with
+ *   ENOSPC  the device has no context left, or no VRAM for the context's page tables
+ *   ENODEV  the device is being unbound
+ *   EIO     the device does not answer any more
  *
  * Every call fails with
  *   ENODEV  the device was unbound or unplugged since the descriptor was opened
  *   EIO     the device does not answer any more
- *   EINVAL  a field has a value that is not described here; reserved fields are zero
+ *   EINVAL  a field has a value that is not described here: reserved fields and unused arguments
+ *           are zero, ranges are not empty and end within the address space of processes
  *   EFAULT  the argument, or memory that it points to, can't be accessed
  *   EPERM   the caller's address space is not the opener's
  *   ENOTTY  there is no such call
@@ -37,11 +41,12 @@ struct farfault_info {
 
 /*
  * Kernels and their arguments. Addresses and lengths are multiples of 8 bytes; memory is seen as
- * little-endian 64-bit words. Unused arguments are zero.
+ * little-endian 64-bit words. Unused arguments are zero; lengths, repeat and steps are not. Ranges
+ * end within the address space of processes, and those of COPY may not overlap. All else is EINVAL.
  */
 enum farfault_kernel {
 	FARFAULT_KERNEL_FILL = 1,		/* destination, length, pattern */
-	FARFAULT_KERNEL_COPY = 2,		/* destination, source, length */
+	FARFAULT_KERNEL_COPY = 2,		/* destination, source, length; not overlapping */
 	FARFAULT_KERNEL_SUM = 3,		/* source, length; result: the sum */
 	FARFAULT_KERNEL_ADD = 4,		/* destination, length, addend */
 	FARFAULT_KERNEL_ATOMIC_ADD = 5,		/* destination, addend, repeat of each wave;
@@ -68,7 +73,8 @@ enum farfault_job_status {
 	FARFAULT_JOB_FAULT = 1,		/* may not access fault_address: see access */
 	FARFAULT_JOB_KILLED = 2,
 	FARFAULT_JOB_BUS_ERROR = 3,	/* the GPU could not reach the memory behind fault_address */
-	FARFAULT_JOB_DEVICE_LOST = 4,	/* the device stopped answering while the job ran */
+	FARFAULT_JOB_DEVICE_LOST = 4,	/* the device stopped answering, or was unbound or
+					 * unplugged, while the job was under way */
 };
 
 enum farfault_access {
@@ -81,8 +87,10 @@ enum farfault_access {
  * Waits for a job, and collects its result: the fence is forgotten then. poll() reports POLLIN
  * while a job has ended that is not collected.
  *   ENOENT     no such job
- *   ETIMEDOUT  it has not ended in time
- *   EINTR      a signal came first
+ *   ETIMEDOUT  it has not ended in time; it goes on, and can be waited for again
+ *   EINTR      a signal came first; likewise
+ * A WAIT that is under way when the device is unbound gets FARFAULT_JOB_DEVICE_LOST for its job;
+ * calls after that fail with ENODEV.
  */
 struct farfault_wait {
 	__u64 fence;		/* in: the job; zero: any. out: the job */

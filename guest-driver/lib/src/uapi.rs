@@ -120,11 +120,13 @@ pub const IOC_INFO: u32 = ior::<Info>(0x00);
 
 raw_enum! {
     /// Kernels, and their arguments in order. Addresses and lengths are multiples of 8 bytes; memory
-    /// is seen as little-endian 64-bit words. Unused arguments are zero.
+    /// is seen as little-endian 64-bit words. Unused arguments are zero; lengths, repeat and steps
+    /// are not. Ranges end within the address space of processes, and those of [`Kernel::Copy`] may
+    /// not overlap. All else is `EINVAL`.
     pub enum Kernel {
         /// Destination, length, pattern.
         Fill = 1,
-        /// Destination, source, length.
+        /// Destination, source, length; not overlapping.
         Copy = 2,
         /// Source, length; the result is the sum.
         Sum = 3,
@@ -171,7 +173,7 @@ raw_enum! {
         Killed = 2,
         /// The GPU could not reach the memory behind [`Wait::fault_address`].
         BusError = 3,
-        /// The device stopped answering while the job ran.
+        /// The device stopped answering, or was unbound or unplugged, while the job was under way.
         DeviceLost = 4,
     }
 }
@@ -213,7 +215,8 @@ assert_layout!(
     fence @ 0, timeout_ns @ 8, result @ 16, fault_address @ 24, status @ 32, access @ 36,
 );
 
-/// Waits as a [`Wait`] says. The fence is forgotten then.
+/// Waits as a [`Wait`] says. The fence is forgotten then; after `ETIMEDOUT` or `EINTR` it is not, and
+/// the job goes on.
 pub const IOC_WAIT: u32 = iowr::<Wait>(0x02);
 
 /// Ends a job that was submitted and not collected.
