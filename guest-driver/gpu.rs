@@ -65,10 +65,6 @@ const LEAST_TABLES: usize = 64;
 const UNBIND_LOOKS: usize = 3000;
 const UNBIND_PAUSE: Delta = Delta::from_millis(10);
 
-const LIVE: u32 = 0;
-const GONE: u32 = 1;
-const LOST: u32 = 2;
-
 /// Facts from the configuration space, checked.
 pub(crate) struct Limits {
     pub(crate) vram_pages: usize,
@@ -134,7 +130,10 @@ pub(crate) struct Gpu {
     device: ARef<device::Device>,
     index: u32,
     pub(crate) limits: Limits,
-    state: Atomic<u32>,
+    /// The driver is unbound, or about to be.
+    gone: Atomic<bool>,
+    /// The device does not answer.
+    lost: Atomic<bool>,
     pub(crate) counters: Counters,
     #[pin]
     control: Channel,
@@ -198,7 +197,8 @@ impl Gpu {
                 index: device.index(),
                 device: device.device(),
                 limits,
-                state: Atomic::new(LIVE),
+                gone: Atomic::new(false),
+                lost: Atomic::new(false),
                 counters: Counters::new(),
                 control <- Channel::new(),
                 submit <- Channel::new(),
@@ -247,8 +247,7 @@ impl Gpu {
     /// Ends all use of the GPU: jobs fail, address spaces close, every page comes home. The device
     /// must still answer, if it is not lost. May be called again.
     pub(crate) fn stop(&self) {
-        let before = self.state.xchg(GONE, Full);
-        if before == GONE {
+        if self.gone.xchg(true, Full) {
             return;
         }
         let count = self.spaces.lock().len();
@@ -261,13 +260,13 @@ impl Gpu {
             return;
         };
         for look in 0..UNBIND_LOOKS {
-            if map.in_use() == 0 || before == LOST {
+            if map.in_use() == 0 || self.reachable().is_err() {
                 break;
             }
-            self.bring_all_home(None, Cause::Unbind);
             if look != 0 {
                 fsleep(UNBIND_PAUSE);
             }
+            self.bring_all_home(None, Cause::Unbind);
         }
         let left = map.in_use();
         drop(map);
@@ -301,11 +300,10 @@ impl Gpu {
 
     /// `ENODEV`: unbound. `EIO`: lost.
     pub(crate) fn usable(&self) -> Result {
-        match self.state.load(Relaxed) {
-            LIVE => Ok(()),
-            LOST => Err(EIO),
-            _ => Err(ENODEV),
+        if self.gone.load(Relaxed) {
+            return Err(ENODEV);
         }
+        self.reachable()
     }
 
     /// The pages of VRAM as mm has them. `ENODEV`: unbound.
@@ -315,7 +313,7 @@ impl Gpu {
 
     /// Declares the device lost, once: nothing is sent to it any more, and all jobs fail.
     pub(crate) fn lose(&self, what: &str, error: Error) {
-        if self.state.cmpxchg(LIVE, LOST, Full).is_err() {
+        if self.lost.xchg(true, Full) {
             return;
         }
         dev_err!(
@@ -330,11 +328,12 @@ impl Gpu {
         }
     }
 
-    fn reachable(&self) -> Result {
-        match self.state.load(Relaxed) {
-            LOST => Err(EIO),
-            _ => Ok(()),
+    /// `EIO`: lost. Unlike [`Gpu::usable`] for what must be done while the driver is unbound.
+    pub(crate) fn reachable(&self) -> Result {
+        if self.lost.load(Relaxed) {
+            return Err(EIO);
         }
+        Ok(())
     }
 
     /// What a failed exchange with the device means: lost, unless it is the driver that went away or
@@ -440,13 +439,11 @@ impl Gpu {
         }
     }
 
-    /// Ends a context on the device.
-    pub(crate) fn destroy_context(&self, context: u32) {
-        let sent = Batch::new().and_then(|mut batch| {
-            batch.clear();
-            batch.destroy_context(context)?;
-            self.control_tolerating(&mut batch, Status::BadContext)
-        });
+    /// Ends a context on the device, by a request in memory that is there.
+    pub(crate) fn destroy_context(&self, context: u32, batch: &mut Batch) {
+        batch.clear();
+        let sent = batch.destroy_context(context);
+        let sent = sent.and_then(|()| self.control_tolerating(batch, Status::BadContext));
         if let Err(error) = sent {
             self.lose("a context could not be ended", error);
         }

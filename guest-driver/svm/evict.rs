@@ -135,6 +135,9 @@ impl Gpu {
         for _ in 0..LAST_ROUNDS {
             let mut left = false;
             for _ in 0..self.vram.pages() / BLOCK_PAGES {
+                if self.reachable().is_err() {
+                    return false;
+                }
                 let Some(victim) = self.vram.victim(of) else {
                     break;
                 };

@@ -121,6 +121,10 @@ impl Space {
         drop(lock);
         let mut valid = snapshot.lock().ok_or(EBUSY)?;
 
+        let table = valid.state().table.as_ref().ok_or(ENODEV)?;
+        let mapped = table.mapped(region);
+        let is_mapped = |index: usize| mapped[index / 64] & (1 << (index % 64)) != 0;
+
         let head = valid.pfns().first().copied().unwrap_or(HmmPfn::NONE);
         let huge = head.is_valid() && !head.is_error() && head.order() >= BLOCK_ORDER;
         for (index, slot) in service.entries.iter_mut().enumerate() {
@@ -136,7 +140,8 @@ impl Space {
             }
             let write = access.is_some_and(|a| a != Access::Read);
             let address = region + (index << PAGE_SHIFT);
-            if access.is_none() && !advised.contains(&address) {
+            // What is mapped already may be so with more rights.
+            if access.is_none() && (is_mapped(index) || !advised.contains(&address)) {
                 continue;
             }
             let Some(leaf) = valid.pfns().get(index).and_then(|&p| leaf(&map, p, write)) else {

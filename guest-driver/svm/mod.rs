@@ -184,7 +184,8 @@ impl Space {
             GFP_KERNEL,
         );
         if space.is_err() {
-            gpu.destroy_context(context);
+            let mut batch = Batch::new()?;
+            gpu.destroy_context(context, &mut batch);
         }
         space
     }
@@ -297,11 +298,14 @@ impl Space {
         }
         // Behind the service lock no batch of faults is under way, and none begins.
         let service = self.service.lock();
-        self.gpu.destroy_context(self.context);
+        // Together: an invalidation must find the context and its tables, or neither.
+        let mut tables = self.mirror.lock();
+        self.gpu.destroy_context(self.context, &mut tables.batch);
+        let table = tables.table.take();
+        drop(tables);
         // Only now: who is told that a job ended may use its memory again.
         self.jobs.close(status);
         self.closed.store(true, Relaxed);
-        let table = self.mirror.lock().table.take();
         if let Some(table) = table {
             table.end(&self.gpu.vram);
         }

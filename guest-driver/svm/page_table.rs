@@ -183,6 +183,15 @@ impl PageTable {
         }
     }
 
+    /// Which pages of the region of `address` are mapped, a bit for each.
+    pub(crate) fn mapped(&self, address: usize) -> [u64; WORDS] {
+        match self.regions.get(&(address as u64 >> HUGE_PAGE_SHIFT)) {
+            Some(region) if region.huge => [u64::MAX; WORDS],
+            Some(region) => region.mapped,
+            None => [0; WORDS],
+        }
+    }
+
     /// The table of `level` (1 or 2) for `va`, made and linked if need be.
     fn upper_table(
         &mut self,
