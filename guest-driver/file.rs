@@ -5,7 +5,10 @@
 
 use crate::{
     gpu::Gpu,
-    kapi::chardev::{FileOps, POLLERR, POLLHUP, POLLIN},
+    kapi::{
+        chardev::{FileOps, POLLERR, POLLHUP, POLLIN},
+        signal::fatal_signal_pending,
+    },
     svm::{jobs::MAX_JOBS, query, Space, REGION_BYTES},
     uapi,
     vram::BLOCK_PAGES,
@@ -172,6 +175,9 @@ impl OpenFile {
             self.space.query(at..end, part)?;
             answer.write_slice(part.as_bytes())?;
             at = end;
+            if fatal_signal_pending() {
+                return Err(EINTR);
+            }
         }
         Ok(())
     }

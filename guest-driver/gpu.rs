@@ -313,7 +313,8 @@ impl Gpu {
 
     /// Declares the device lost, once: nothing is sent to it any more, and all jobs fail.
     pub(crate) fn lose(&self, what: &str, error: Error) {
-        if self.lost.xchg(true, Full) {
+        // Without queues the driver is unbound, and the device has forgotten everything already.
+        if error == ENODEV || self.lost.xchg(true, Full) {
             return;
         }
         dev_err!(

@@ -8,6 +8,7 @@
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
 #include <linux/pagemap.h>
+#include <linux/sched/signal.h>
 #include <linux/spinlock.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
@@ -168,4 +169,9 @@ bool farfault_c_spin_trylock_irqsave(spinlock_t *lock, unsigned long *flags)
 void farfault_c_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags)
 {
 	spin_unlock_irqrestore(lock, flags);
+}
+
+bool farfault_c_fatal_signal_pending(void)
+{
+	return fatal_signal_pending(current);
 }

@@ -53,6 +53,8 @@ void farfault_c_mmu_interval_set_seq(struct mmu_interval_notifier *mni, unsigned
 bool farfault_c_mmu_interval_read_retry(struct mmu_interval_notifier *mni, unsigned long seq);
 
 void farfault_c_reinit_completion(struct completion *x);
+bool farfault_c_fatal_signal_pending(void);
+
 unsigned long farfault_c_spin_lock_irqsave(spinlock_t *lock);
 bool farfault_c_spin_trylock_irqsave(spinlock_t *lock, unsigned long *flags);
 void farfault_c_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);

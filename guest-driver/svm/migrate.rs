@@ -15,6 +15,7 @@ use crate::{
         folio::{PMD_ORDER, PMD_PAGES, PMD_SIZE},
         migrate::{Collected, Entry, Scratch, Source},
         mm::MmapLock,
+        signal::fatal_signal_pending,
         trace::{self, Cause, Direction},
     },
     queue::CopyList,
@@ -76,12 +77,14 @@ impl Space {
             total.there += (pages - elsewhere).saturating_sub(moved);
             at = end;
             self.gpu.usable()?;
+            if fatal_signal_pending() {
+                return Err(EINTR);
+            }
         }
         Ok(total)
     }
 
-    /// Moves what can be moved of a range, inside one region and one mapping, to VRAM. Returns how
-    /// many pages moved.
+    /// Moves what can be moved of a range, inside one region, to VRAM. Returns how many pages moved.
     pub(super) fn to_vram(
         &self,
         scratch: &mut Scratch,
@@ -96,33 +99,40 @@ impl Space {
             .gpu
             .make_room(self.context, range.len() >> PAGE_SHIFT)?;
         let lock = MmapLock::read(mm);
-        let vma = lock.vma_lookup(range.start).ok_or(EFAULT)?;
-        if !vma.is_anonymous() || !vma.can_migrate() {
-            return Ok(0);
+        let mut moved = 0;
+        let mut at = range.start;
+        while let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < range.end) {
+            let part = at.max(vma.start())..range.end.min(vma.end());
+            at = part.end;
+            if vma.is_anonymous() && vma.can_migrate() {
+                let collected = Collected::system_to_device(&vma, part, map.owner(), scratch)?;
+                moved += self.upload(&map, collected, &mut room)?;
+            }
+            if at >= range.end {
+                break;
+            }
         }
-        let range = range.start..range.end.min(vma.end());
-        let mut collected = Collected::system_to_device(&vma, range.clone(), map.owner(), scratch)?;
-        let mut copies = CopyList::new(PMD_PAGES, self.gpu.limits.max_copy_run)?;
-        let mut index = 0;
-        while let Some(entry) = collected.next_entry(index) {
-            index = entry.index + (1 << entry.order);
-            upload(
-                &self.gpu,
-                &map,
-                &mut collected,
-                entry,
-                &mut room,
-                &mut copies,
-            )?;
-        }
-        self.gpu.copy(copies)?;
-        let migrated = collected.pages();
-        let moved = migrated.count();
-        drop(migrated);
         drop(lock);
         self.count(|c| &c.pages_to_vram, moved as u64);
         self.finish(range, Direction::ToDevice, cause, moved, started);
         Ok(moved)
+    }
+
+    /// Copies what was collected to VRAM, as far as there is room, and lets it move.
+    fn upload(
+        &self,
+        map: &Pagemap,
+        mut collected: Collected<'_>,
+        room: &mut Reservation<'_>,
+    ) -> Result<usize> {
+        let mut copies = CopyList::new(PMD_PAGES, self.gpu.limits.max_copy_run)?;
+        let mut index = 0;
+        while let Some(entry) = collected.next_entry(index) {
+            index = entry.index + (1 << entry.order);
+            give_room(&self.gpu, map, &mut collected, entry, room, &mut copies)?;
+        }
+        self.gpu.copy(copies)?;
+        Ok(collected.pages().count())
     }
 
     /// Brings the pages of a range, inside one region, home. Returns how many.
@@ -193,7 +203,7 @@ impl Space {
 }
 
 /// Gives one collected entry destinations in VRAM, as far as there is room, and lists the copies.
-fn upload(
+fn give_room(
     gpu: &Gpu,
     map: &Pagemap,
     collected: &mut Collected<'_>,

@@ -138,11 +138,14 @@ impl Space {
         let mm = mm::current_mm().ok_or(EINVAL)?;
         let context = gpu.reserve_context()?;
         let space = Self::create(gpu, context, &mm);
-        match &space {
-            Ok(space) => gpu.publish_context(context, space.clone()),
-            Err(_) => gpu.release_context(context),
+        let space = space.inspect_err(|_| gpu.release_context(context))?;
+        gpu.publish_context(context, space.clone());
+        // Who unbinds the driver closes what is published: if it was too late for that, it is now.
+        if let Err(error) = gpu.usable() {
+            space.close(uapi::JobStatus::DeviceLost);
+            return Err(error);
         }
-        space
+        Ok(space)
     }
 
     fn create(gpu: &Arc<Gpu>, context: u32, mm: &MmWithUser) -> Result<Arc<Self>> {
@@ -241,8 +244,13 @@ impl Space {
             arguments: arguments.map(U64::new),
         };
         let launched = self.gpu.launch(&launch);
-        if launched.is_err() {
+        if let Err(error) = launched {
             self.jobs.abandon(fence);
+            if error == ENODEV && !self.is_closing() {
+                // It was reset behind our back: a machine that was paused does that.
+                self.gpu.lose("the device does not know a context", error);
+                return Err(EIO);
+            }
         }
         launched.map(|()| fence)
     }

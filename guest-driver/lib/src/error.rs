@@ -85,10 +85,10 @@ pub enum Error {
         /// The page.
         address: u64,
     },
-    /// The device stopped answering while the job ran.
+    /// The device stopped answering, or the driver was unbound, while the job ran.
     #[error(
-        "{0} job was lost: the GPU stopped answering while it ran; see `dmesg`, replug the GPU and \
-         open it again"
+        "{0} job was lost: the GPU stopped answering or was taken away while it ran; see `dmesg`, \
+         and open the GPU again when it is back"
     )]
     DeviceLost(Kernel),
     /// The driver answered what the interface does not describe.
