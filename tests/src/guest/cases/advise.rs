@@ -7,13 +7,14 @@ use crate::guest::{
     place::{count, ensure_place, move_all, state},
 };
 use anyhow::{Result, ensure};
-use farfault::arena::{Backing, Region};
+use farfault::arena::{Backing, Protection, Region};
 use farfault::{Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place};
 use rustix::io::Errno;
 
 group! { advise, gpus 1, seconds 60:
     default_moves_the_page_that_faulted,
     prefer_gpu_moves_all_of_the_range_in_the_same_2_mib,
+    prefer_gpu_with_holes_and_several_mappings_moves_each,
     prefer_cpu_brings_the_page_to_ram_and_maps_it_there,
     map_only_maps_the_page_where_it_is,
     advice_alone_moves_nothing,
@@ -63,6 +64,31 @@ fn prefer_gpu_moves_all_of_the_range_in_the_same_2_mib() -> Result<()> {
         "what was moved was not mapped"
     );
     oracle::check(region, SEED, 0)
+}
+
+fn prefer_gpu_with_holes_and_several_mappings_moves_each() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = written(HUGE_PAGE_SIZE, Backing::Small)?;
+    gpu.advise(region.pages(), Advice::PreferGpu)?;
+    // Nothing, 64 pages, nothing, 64 pages that are only read, 64 pages.
+    let part = |at: usize, pages: usize| region.part(at * PAGE_SIZE, pages * PAGE_SIZE);
+    let [first, read_only, last] = [64, 256, 320].map(|at| part(at, 64));
+    for hole in [part(0, 64), part(128, 128), part(384, 128)] {
+        hole.unmap()?;
+    }
+    read_only.protect(Protection::Read)?;
+    Job::add(page(last, 5), 0).run(&gpu)?;
+    for part in [first, read_only, last] {
+        ensure_place(&gpu, part, Place::Vram)?;
+    }
+    read_only.protect(Protection::ReadWrite)?;
+    for part in [first, read_only, last] {
+        let begin = (part.address() - region.address()) as usize / 8;
+        let sum = Job::sum(part).waves(4).run(&gpu)?;
+        ensure!(sum == oracle::sum(SEED, begin..begin + part.words()));
+        oracle::check_part(part, SEED, begin, 0)?;
+    }
+    Ok(())
 }
 
 fn prefer_cpu_brings_the_page_to_ram_and_maps_it_there() -> Result<()> {
