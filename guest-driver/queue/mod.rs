@@ -25,12 +25,20 @@ use farfault_protocol::{
     command::{CommandHeader, Status},
     control, submit,
 };
-use kernel::{prelude::*, sync::Arc, time::Delta};
+use kernel::{
+    prelude::*,
+    sync::Arc,
+    time::{delay::fsleep, Delta},
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// How long one request may take before the device counts as lost. An invalidation waits for
 /// accesses in flight, each of which is short; a copy moves at most 2 MiB.
 pub(crate) const TIME_LIMIT: Delta = Delta::from_secs(20);
+
+/// How often a full ring is looked at again, and the pause between: [`TIME_LIMIT`] in all.
+const ROOM_LOOKS: usize = 20_000;
+const ROOM_PAUSE: Delta = Delta::from_millis(1);
 
 type Message = KBox<Transfer<Arc<Call>>>;
 
@@ -167,43 +175,62 @@ impl Channel {
         drop(ring);
     }
 
+    /// Puts a message in the ring and tells the device. If the ring is full, others have to be
+    /// answered first: that is waited for, with the same limit as an answer.
+    fn send(&self, mut message: Message) -> Result<(), (Error, Message)> {
+        for _ in 0..ROOM_LOOKS {
+            let mut ring = self.ring.lock();
+            let Some(queue) = &mut *ring else {
+                return Err((ENODEV, message));
+            };
+            match queue.add(message) {
+                Ok(()) => {
+                    let notifier = queue.kick_prepare().then(|| queue.notifier());
+                    drop(ring);
+                    if let Some(notifier) = notifier {
+                        // If it fails the queue is broken, and who waits finds that out.
+                        let _ = notifier.notify();
+                    }
+                    return Ok(());
+                }
+                Err((error, back)) if error == ENOSPC => message = back,
+                Err(refused) => return Err(refused),
+            }
+            drop(ring);
+            fsleep(ROOM_PAUSE);
+        }
+        Err((ETIMEDOUT, message))
+    }
+
     /// Sends a request and waits for the reply, which the request holds then.
     ///
     /// `ETIMEDOUT`: no answer in [`TIME_LIMIT`]. `EIO`: an earlier request in this memory was never
-    /// answered, or the queue is broken. `EBUSY`: the ring is full. `ENODEV`: the device is gone.
+    /// answered, or the queue is broken. `ENODEV`: the device is gone.
     fn call(&self, request: &mut Request) -> Result {
         let message = request.message.take().ok_or(EIO)?;
         let call = request.call.clone();
         *call.progress.lock() = Progress::Sent;
         call.answered.reinit();
-
-        let mut ring = self.ring.lock();
-        let Some(queue) = &mut *ring else {
-            drop(ring);
+        if let Err((error, message)) = self.send(message) {
             request.message = Some(message);
-            return Err(ENODEV);
-        };
-        if let Err((error, message)) = queue.add(message) {
-            drop(ring);
-            request.message = Some(message);
-            return Err(if error == ENOSPC { EBUSY } else { error });
+            return Err(error);
         }
-        let notifier = queue.kick_prepare().then(|| queue.notifier());
-        drop(ring);
-        if let Some(notifier) = notifier {
-            // If it fails the queue is broken, and the wait below finds that out.
-            let _ = notifier.notify();
-        }
-
-        let waited = call.answered.wait_timeout(TIME_LIMIT);
-        let mut progress = call.progress.lock();
-        match core::mem::replace(&mut *progress, Progress::Abandoned) {
-            Progress::Answered(message) => {
-                drop(progress);
-                request.message = Some(message);
-                Ok(())
+        loop {
+            let waited = call.answered.wait_timeout(TIME_LIMIT);
+            let mut progress = call.progress.lock();
+            match core::mem::replace(&mut *progress, Progress::Abandoned) {
+                Progress::Answered(message) => {
+                    drop(progress);
+                    request.message = Some(message);
+                    return Ok(());
+                }
+                Progress::Sent if waited.is_ok() => {
+                    // The wake-up of an answer before this one, which came too late for it.
+                    *progress = Progress::Sent;
+                    call.answered.reinit();
+                }
+                Progress::Sent | Progress::Abandoned => return Err(ETIMEDOUT),
             }
-            Progress::Sent | Progress::Abandoned => waited.and(Err(EIO)),
         }
     }
 
