@@ -58,9 +58,9 @@ pub(crate) const QUEUES: usize = config::queue::COUNT as usize;
 /// Most contexts that this driver keeps; the device may offer more.
 const MOST_CONTEXTS: u32 = 64;
 /// One page of this many may hold tables of one address space.
-const TABLE_SHARE: usize = 16;
+const TABLE_SHARE: usize = 2 * MOST_CONTEXTS as usize;
 /// Least tables that an address space may have whatever the size of VRAM.
-const LEAST_TABLES: usize = 64;
+const LEAST_TABLES: usize = 16;
 /// Looks for pages that are on their way home when the driver is unbound, and the pause between.
 const UNBIND_LOOKS: usize = 3000;
 const UNBIND_PAUSE: Delta = Delta::from_millis(10);
@@ -124,6 +124,14 @@ enum Slot {
     Open(Arc<Space>),
 }
 
+/// What is left of an error where a driver that is being unbound is none.
+pub(crate) fn unless_gone(error: Error) -> Result {
+    if error == ENODEV {
+        return Ok(());
+    }
+    Err(error)
+}
+
 /// A GPU.
 #[pin_data]
 pub(crate) struct Gpu {
@@ -135,6 +143,8 @@ pub(crate) struct Gpu {
     /// The device does not answer.
     lost: Atomic<bool>,
     pub(crate) counters: Counters,
+    /// Names the next job, of any address space: an event that comes late means no other.
+    next_fence: Atomic<u64>,
     #[pin]
     control: Channel,
     #[pin]
@@ -169,6 +179,13 @@ pub(crate) struct Interrupts {
     gpu: Arc<Gpu>,
 }
 
+/// It goes when the device is reset and no callback runs any more.
+impl Drop for Interrupts {
+    fn drop(&mut self) {
+        self.gpu.end();
+    }
+}
+
 impl QueueHandler for Interrupts {
     fn notify(&self, queue: usize) {
         match queue as u16 {
@@ -200,6 +217,7 @@ impl Gpu {
                 gone: Atomic::new(false),
                 lost: Atomic::new(false),
                 counters: Counters::new(),
+                next_fence: Atomic::new(1),
                 control <- Channel::new(),
                 submit <- Channel::new(),
                 events <- Events::new(),
@@ -277,8 +295,14 @@ impl Gpu {
                  module stays loaded. Restart the machine to be rid of it\n"
             );
             // mm has the pages until their processes exit, and calls us for them.
-            module::pin_for_ever();
-            return;
+            if module::try_pin_for_ever() {
+                return;
+            }
+            // It is being unloaded already. This wait has no limit: what it waits for must not find
+            // the module gone.
+            while self.pagemap().is_ok_and(|map| map.in_use() != 0) {
+                fsleep(UNBIND_PAUSE);
+            }
         }
         // Outside of the lock: it waits until mm has forgotten the pages.
         let map = self.pagemap.lock().take();
@@ -286,11 +310,16 @@ impl Gpu {
     }
 
     /// After the device was reset: whoever still waits is told, and the workers end.
-    pub(crate) fn end(&self) {
+    fn end(&self) {
         self.control.close();
         self.submit.close();
         self.events.close();
         self.workers.flush();
+    }
+
+    /// A name that no job has had.
+    pub(crate) fn new_fence(&self) -> u64 {
+        self.next_fence.fetch_add(1, Relaxed)
     }
 
     /// Number of the GPU, for traces.
@@ -313,17 +342,17 @@ impl Gpu {
 
     /// Declares the device lost, once: nothing is sent to it any more, and all jobs fail.
     pub(crate) fn lose(&self, what: &str, error: Error) {
-        // Without queues the driver is unbound, and the device has forgotten everything already.
-        if error == ENODEV || self.lost.xchg(true, Full) {
+        if self.lost.xchg(true, Full) {
             return;
         }
         dev_err!(
             self.device,
             "{what} ({error:?}): the device is lost. Jobs fail; what only VRAM held is gone\n"
         );
-        let count = self.spaces.lock().len();
-        for context in 0..count as u32 {
-            if let Some(space) = self.space(context) {
+        // No reference may be taken: this can be an invalidation, and the last reference to an address
+        // space must not go in one.
+        for slot in self.spaces.lock().iter() {
+            if let Slot::Open(space) = slot {
                 space.jobs.close(uapi::JobStatus::DeviceLost);
             }
         }
@@ -445,7 +474,8 @@ impl Gpu {
         batch.clear();
         let sent = batch.destroy_context(context);
         let sent = sent.and_then(|()| self.control_tolerating(batch, Status::BadContext));
-        if let Err(error) = sent {
+        // Without queues the device has forgotten everything already.
+        if let Err(error) = sent.map(|_| ()).or_else(unless_gone) {
             self.lose("a context could not be ended", error);
         }
     }
@@ -458,7 +488,9 @@ impl Gpu {
         n: u64,
     ) {
         counter(&self.counters).fetch_add(n, Relaxed);
-        if let Some(space) = context.and_then(|context| self.space(context)) {
+        let Some(context) = context else { return };
+        // As in `lose`, without a reference of its own.
+        if let Some(Slot::Open(space)) = self.spaces.lock().get(context as usize) {
             counter(&space.counters).fetch_add(n, Relaxed);
         }
     }

@@ -81,6 +81,11 @@ void farfault_c_folio_unlock(struct folio *folio)
 	folio_unlock(folio);
 }
 
+void farfault_c_folio_get(struct folio *folio)
+{
+	folio_get(folio);
+}
+
 void farfault_c_folio_put(struct folio *folio)
 {
 	folio_put(folio);

@@ -35,6 +35,7 @@ unsigned int farfault_c_folio_order(const struct folio *folio);
 unsigned long farfault_c_folio_pfn(const struct folio *folio);
 void farfault_c_folio_lock(struct folio *folio);
 void farfault_c_folio_unlock(struct folio *folio);
+void farfault_c_folio_get(struct folio *folio);
 void farfault_c_folio_put(struct folio *folio);
 void farfault_c_folio_mark_dirty(struct folio *folio);
 struct folio *farfault_c_vma_alloc_folio(unsigned int order, bool retry,

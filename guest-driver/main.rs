@@ -97,7 +97,6 @@ impl virtio::Driver for Driver {
     fn unbind<'bound>(_: &'bound Device<Core<'_>>, data: Pin<&Self::Data<'bound>>) {
         data.running.0.stop();
         data.queues.reset();
-        data.running.0.end();
     }
 }
 

@@ -399,6 +399,20 @@ impl<'a> Collected<'a> {
         }
     }
 
+    /// Never gives the destinations back to the system: a device that was told to write to them has
+    /// not said that it is done.
+    pub(crate) fn leak_destinations(&mut self) {
+        for dst in self.raw.dst() {
+            if dst & VALID != 0 {
+                // SAFETY: By the invariant of `Raw` the destination is valid and referenced.
+                unsafe {
+                    let page = bindings::farfault_c_pfn_to_page(dst >> SHIFT);
+                    bindings::farfault_c_folio_get(bindings::farfault_c_page_folio(page));
+                }
+            }
+        }
+    }
+
     /// Moves what has a destination. The copies must be complete, and seen by the CPUs.
     pub(crate) fn pages(mut self) -> Migrated<'a> {
         self.withdraw_impossible();

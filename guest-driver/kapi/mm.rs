@@ -97,6 +97,11 @@ impl<'a> Vma<'a> {
         unsafe { bindings::farfault_c_vma_is_anonymous(self.0.as_ptr()) }
     }
 
+    /// Loads are allowed. Without, it may be no more than reserved addresses.
+    pub(crate) fn is_readable(&self) -> bool {
+        self.has(flags::READ)
+    }
+
     /// Of hugetlbfs.
     pub(crate) fn is_hugetlb(&self) -> bool {
         self.has(flags::HUGETLB)

@@ -34,13 +34,6 @@ pub(crate) trait IntervalOps: Sized + Send + Sync + 'static {
     /// What the update lock protects.
     type State: Send + Unpin;
 
-    /// Whether a change is nothing to the driver, such as its own migration. No lock is taken then,
-    /// and readers are not made to retry.
-    fn ignore(&self, invalidation: &Invalidation<'_>) -> bool {
-        let _ = invalidation;
-        false
-    }
-
     /// On return the device can no longer reach the pages of the range.
     ///
     /// May run in memory reclaim. It may wait for the device, with a time limit, also where
@@ -225,9 +218,6 @@ impl<T: IntervalOps> IntervalNotifier<T> {
         // SAFETY: By the function's contract.
         let range = unsafe { &*range };
         let invalidation = Invalidation { range };
-        if this.data.ignore(&invalidation) {
-            return true;
-        }
         let guard = if invalidation.blockable() {
             Some(this.lock())
         } else {

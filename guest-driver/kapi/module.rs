@@ -6,8 +6,8 @@
 use crate::bindings;
 
 /// Keeps the module loaded until the machine goes down. For when mm has callbacks into it that can't
-/// be taken back.
-pub(crate) fn pin_for_ever() {
-    // SAFETY: The caller runs in this module, so it is live.
-    unsafe { bindings::__module_get(crate::THIS_MODULE.as_ptr()) };
+/// be taken back. `false`: it is being unloaded already.
+pub(crate) fn try_pin_for_ever() -> bool {
+    // SAFETY: The caller runs in this module, so its structure is there.
+    unsafe { bindings::try_module_get(crate::THIS_MODULE.as_ptr()) }
 }

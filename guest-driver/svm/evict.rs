@@ -14,18 +14,21 @@ use crate::{
     gpu::Gpu,
     kapi::{
         migrate::{Collected, Scratch},
+        mm::MmapLock,
         trace::{self, Cause, Direction},
     },
     queue::Batch,
     vram::{Reservation, Resident, Victim, BLOCK_PAGES},
 };
 use farfault_protocol::{address::GpuVa, command::Status};
-use kernel::{page::PAGE_SIZE, prelude::*};
+use kernel::{mm::MmWithUser, page::PAGE_SIZE, prelude::*};
 
 /// Blocks sent home for one reservation.
 const MOST_EVICTIONS: usize = 8;
 /// Blocks found in use that are spared for one that was not.
 const MOST_SPARED: usize = 4;
+/// Blocks that are tried before there is no room.
+const MOST_TRIED: usize = 16;
 /// Address ranges of a block that are asked whether they were used.
 const MOST_HARVESTED: usize = 4;
 /// Rounds over what is left of an address space that closes.
@@ -51,13 +54,20 @@ impl Gpu {
     /// Sends the least recently used block home. Returns how many pages went.
     pub(crate) fn evict_block(&self, cause: Cause) -> Result<usize> {
         let mut spared = 0;
-        while let Some(victim) = self.vram.victim(None) {
+        for _ in 0..MOST_TRIED {
+            let Some(victim) = self.vram.victim(None) else {
+                break;
+            };
             if spared < MOST_SPARED && self.was_used(&victim)? {
                 spared += 1;
                 victim.spare();
                 continue;
             }
-            return self.send_home(&victim, cause);
+            // One that can't go just now, for whatever reason, must not keep the others.
+            match self.send_home(&victim, cause) {
+                Ok(moved) if moved != 0 => return Ok(moved),
+                _ => victim.spare(),
+            }
         }
         Ok(0)
     }
@@ -91,11 +101,22 @@ impl Gpu {
         victim.residents(&mut residents)?;
         let mut scratch = Scratch::new(BLOCK_PAGES)?;
         let mut moved = 0;
-        if let Some(space) = self.space(victim.context()) {
-            moved += space.bring_home(&mut scratch, &residents, victim, cause)?;
-        }
+        let mm = match self.space(victim.context()) {
+            Some(space) => match space.mm() {
+                Ok(mm) => {
+                    moved += space.bring_home(&mm, &mut scratch, &residents, victim, cause)?;
+                    Some(mm)
+                }
+                // A process that exits frees its own pages.
+                Err(_) if matches!(cause, Cause::Evict) => return Ok(0),
+                Err(_) => None,
+            },
+            None => None,
+        };
         victim.residents(&mut residents)?;
         if !residents.is_empty() {
+            // Keeps munmap and exit out while the mappings of its pages are walked.
+            let _lock = mm.as_deref().map(MmapLock::read);
             moved += self.bring_leftovers_home(&mut scratch, victim, cause)?;
         }
         let context = Some(victim.context());
@@ -160,20 +181,19 @@ impl Space {
     /// Brings pages of a block home, found at the addresses where they were put.
     fn bring_home(
         &self,
+        mm: &MmWithUser,
         scratch: &mut Scratch,
         residents: &[Resident],
         victim: &Victim<'_>,
         cause: Cause,
     ) -> Result<usize> {
-        // Nobody has the pages of a process that exits, or will not for long.
-        let Ok(mm) = self.mm() else { return Ok(0) };
         let mut moved = 0;
         for part in residents.chunk_by(|a, b| region(a) == region(b)) {
             let (Some(first), Some(last)) = (part.first(), part.last()) else {
                 continue;
             };
             let range = first.address..last.address + PAGE_SIZE;
-            moved += self.some_to_ram(scratch, &mm, range, cause, |page| victim.contains(page))?;
+            moved += self.some_to_ram(scratch, mm, range, cause, |page| victim.contains(page))?;
         }
         Ok(moved)
     }

@@ -6,11 +6,12 @@
 //! so that one fault costs one request. A fault that cannot be resolved ends its job alone.
 //!
 //! A region that keeps changing while it is looked at is given up after some attempts and replayed
-//! all the same: its waves fault again and queue behind everybody else. So no fault starves
-//! another, and the worker never spins.
+//! all the same, after a pause: its waves fault again and queue behind everybody else. So no fault
+//! starves another, and the worker never spins.
 
 use super::{map::Wanted, residence::Pagemap, Service, Space, REGION_BYTES};
 use crate::{
+    gpu::unless_gone,
     kapi::{hmm::HmmPfn, mm::MmapLock, trace},
     sort::sort_by_key,
     uapi::Advice,
@@ -21,12 +22,15 @@ use kernel::{
     mm::MmWithUser,
     page::{PAGE_SHIFT, PAGE_SIZE},
     prelude::*,
+    time::{delay::fsleep, Delta},
 };
 
 /// Faults that are served at once; more wait for the replay that ends the batch, and come again.
 pub(super) const MAX_BATCH: usize = 512;
 /// Attempts at one region before its faults queue again.
 const ATTEMPTS: usize = 16;
+/// Pause after a batch in which a region was given up: its waves fault again at once.
+const STUCK_PAUSE: Delta = Delta::from_millis(1);
 /// No process has memory from here on.
 const ADDRESS_LIMIT: usize = 1 << 47;
 
@@ -104,17 +108,21 @@ enum Failure {
 impl Space {
     /// The worker: serves batches of faults until there are none.
     pub(super) fn serve_faults(&self) {
-        let mut service = self.service.lock();
         loop {
+            // For one batch at a time: migrations and queries get their turn between.
+            let Ok(mut service) = self.service() else {
+                return;
+            };
             let through = self.pending.lock().take(&mut service.faults);
             let Some(through) = through else { return };
-            if self.is_closing() {
-                return;
-            }
-            if let Err(error) = self.serve_batch(&mut service, through) {
+            let served = self.serve_batch(&mut service, through);
+            let stuck = core::mem::take(&mut service.stuck);
+            drop(service);
+            match served.or_else(unless_gone) {
+                Ok(()) if stuck => fsleep(STUCK_PAUSE),
+                Ok(()) => {}
                 // Only the device's own failures come so far; they were reported there.
-                self.gpu.lose("faults could not be answered", error);
-                return;
+                Err(error) => return self.gpu.lose("faults could not be answered", error),
             }
         }
     }
@@ -187,6 +195,7 @@ impl Space {
                 replayed
             }
             Err(Failure::Again) => {
+                service.stuck = true;
                 self.trace_fault(faults, EBUSY.to_errno());
                 false
             }

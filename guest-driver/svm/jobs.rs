@@ -49,7 +49,6 @@ struct Job {
 
 struct List {
     jobs: KVec<Job>,
-    next_fence: u64,
     /// Set once, when no job can run any more.
     closed: Option<uapi::JobStatus>,
 }
@@ -93,27 +92,23 @@ impl Jobs {
         try_pin_init!(Self {
             list <- new_mutex!(List {
                 jobs: KVec::with_capacity(MAX_JOBS, GFP_KERNEL)?,
-                next_fence: 1,
                 closed: None,
             }),
             ended <- new_poll_condvar!(),
         })
     }
 
-    /// Names a new job. `EAGAIN`: too many are not collected yet.
-    pub(crate) fn begin(&self) -> Result<u64> {
+    /// Records a new job. `EAGAIN`: too many are not collected yet.
+    pub(crate) fn begin(&self, fence: u64) -> Result {
         let mut list = self.list.lock();
         if list.closed.is_some() {
             return Err(ENODEV);
         }
-        let fence = list.next_fence;
         let job = Job {
             fence,
             outcome: None,
         };
-        list.jobs.push_within_capacity(job).map_err(|_| EAGAIN)?;
-        list.next_fence += 1;
-        Ok(fence)
+        list.jobs.push_within_capacity(job).map_err(|_| EAGAIN)
     }
 
     /// Forgets a job that the device did not take.

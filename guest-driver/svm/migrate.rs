@@ -56,7 +56,7 @@ impl Space {
                 let region_end = (at & !(REGION_BYTES - 1)) + REGION_BYTES;
                 range.end.min(region_end).min(vma.end())
             };
-            let mut service = self.service.lock();
+            let mut service = self.service()?;
             let moved = match to {
                 uapi::Place::Vram => {
                     let m = self.to_vram(&mut service.migration, &mm, at..end, Cause::Request)?;
@@ -104,7 +104,7 @@ impl Space {
         while let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < range.end) {
             let part = at.max(vma.start())..range.end.min(vma.end());
             at = part.end;
-            if vma.is_anonymous() && vma.can_migrate() {
+            if vma.is_anonymous() && vma.is_readable() && vma.can_migrate() {
                 let collected = Collected::system_to_device(&vma, part, map.owner(), scratch)?;
                 moved += self.upload(&map, collected, &mut room)?;
             }
@@ -290,5 +290,10 @@ pub(super) fn download(
     if short && copies.is_empty() {
         return Err(ENOMEM);
     }
-    gpu.copy(copies)
+    let copied = gpu.copy(copies);
+    if copied.is_err() {
+        // A device that is only slow may write to them yet.
+        collected.leak_destinations();
+    }
+    copied
 }

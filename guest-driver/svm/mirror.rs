@@ -85,6 +85,8 @@ impl IntervalOps for Mirror {
                 self.counters.invalidations.fetch_add(1, Relaxed);
                 self.gpu.counters.invalidations.fetch_add(1, Relaxed);
             }
+            // Unbound: nothing is mapped any more.
+            Err(error) if error == ENODEV => {}
             // The promise cannot be kept by a device that does not answer.
             Err(error) => self.gpu.lose("an invalidation failed", error),
         }

@@ -66,6 +66,7 @@ use kernel::{
     sync::{
         aref::ARef,
         atomic::{Atomic, Relaxed},
+        lock::{mutex::MutexBackend, Guard},
         Arc, Mutex, SpinLock,
     },
     workqueue::{impl_has_work, new_work, Work, WorkItem},
@@ -79,6 +80,8 @@ pub(crate) struct Service {
     faults: KVec<Fault>,
     /// Sequence numbers of faults to be cancelled.
     failed: KVec<u64>,
+    /// A region was given up.
+    stuck: bool,
     pfns: KVVec<HmmPfn>,
     entries: KVVec<Pte>,
     migration: Scratch,
@@ -89,6 +92,7 @@ impl Service {
         Ok(Self {
             faults: KVec::with_capacity(fault::MAX_BATCH, GFP_KERNEL)?,
             failed: KVec::with_capacity(fault::MAX_BATCH, GFP_KERNEL)?,
+            stuck: false,
             pfns: KVVec::from_elem(HmmPfn::NONE, BLOCK_PAGES, GFP_KERNEL)?,
             entries: KVVec::from_elem(Pte::EMPTY, BLOCK_PAGES, GFP_KERNEL)?,
             migration: Scratch::new(BLOCK_PAGES)?,
@@ -149,22 +153,13 @@ impl Space {
     }
 
     fn create(gpu: &Arc<Gpu>, context: u32, mm: &MmWithUser) -> Result<Arc<Self>> {
-        let mut batch = Batch::new()?;
-        batch.clear();
-        let root = gpu.take_table()?;
-        let table = PageTable::new(context, root, &mut batch)?;
-        batch.create_context(context, table.root())?;
-        if let Err(error) = gpu.control(&mut batch) {
-            table.end(&gpu.vram);
-            return Err(error);
-        }
         let counters = Arc::new(Counters::new(), GFP_KERNEL)?;
         let tables = Tables {
-            table: Some(table),
-            batch,
+            table: None,
+            batch: Batch::new()?,
         };
         let mirror = Mirror::new(gpu.clone(), context, counters.clone());
-        let space = Arc::pin_init(
+        let space: Result<Arc<Self>> = Arc::pin_init(
             try_pin_init!(Self {
                 gpu: gpu.clone(),
                 context,
@@ -186,11 +181,28 @@ impl Space {
             }? Error),
             GFP_KERNEL,
         );
-        if space.is_err() {
-            let mut batch = Batch::new()?;
-            gpu.destroy_context(context, &mut batch);
+        let space = space?;
+        space.start()?;
+        Ok(space)
+    }
+
+    /// Makes the context on the device. Before, everything finds the address space without tables.
+    fn start(&self) -> Result {
+        let root = self.gpu.take_table()?;
+        let mut tables = self.mirror.lock();
+        let Tables { table, batch } = &mut *tables;
+        batch.clear();
+        let new = PageTable::new(self.context, root, batch)
+            .inspect_err(|_| self.gpu.vram.give_back(root, 0))?;
+        let created = batch.create_context(self.context, new.root());
+        match created.and_then(|()| self.gpu.control(batch)) {
+            Ok(_) => *table = Some(new),
+            Err(error) => {
+                new.end(&self.gpu.vram);
+                return Err(error);
+            }
         }
-        space
+        Ok(())
     }
 
     /// The number of the address space on the device.
@@ -206,6 +218,16 @@ impl Space {
     /// Whether the caller is a thread of the mirrored process.
     pub(crate) fn is_current(&self) -> bool {
         mm::is_current_mm(self.mirror.mm())
+    }
+
+    /// The service lock. `ENODEV`: the address space ends.
+    fn service(&self) -> Result<Guard<'_, Service, MutexBackend>> {
+        let service = self.service.lock();
+        // It is set before `close` takes the lock.
+        if self.is_closing() {
+            return Err(ENODEV);
+        }
+        Ok(service)
     }
 
     fn is_closing(&self) -> bool {
@@ -233,7 +255,8 @@ impl Space {
 
     /// Starts a job and returns its fence.
     pub(crate) fn submit(&self, kernel: u32, waves: u32, arguments: [u64; 4]) -> Result<u64> {
-        let fence = self.jobs.begin()?;
+        let fence = self.gpu.new_fence();
+        self.jobs.begin(fence)?;
         let launch = Launch {
             header: CommandHeader::new(Opcode::Launch.raw(), size_of::<Launch>() as u32),
             context: self.context.into(),
@@ -248,7 +271,7 @@ impl Space {
             self.jobs.abandon(fence);
             if error == ENODEV && !self.is_closing() {
                 // It was reset behind our back: a machine that was paused does that.
-                self.gpu.lose("the device does not know a context", error);
+                self.gpu.lose("the device does not know a context", EIO);
                 return Err(EIO);
             }
         }

@@ -35,7 +35,7 @@ impl Space {
     /// Tells about the pages of a range, inside one region. `EFAULT`: part of it is not mapped.
     pub(crate) fn query(&self, range: Range<usize>, pages: &mut [uapi::Page]) -> Result {
         let mm = self.mm()?;
-        let mut service = self.service.lock();
+        let mut service = self.service()?;
         self.observe(&mut service, &mm, range.clone(), pages)?;
         let advice = self.advice.lock();
         for (i, page) in pages.iter_mut().enumerate() {
