@@ -7,11 +7,12 @@
  * fork, a process that was sent the descriptor) fail with EPERM. open() itself fails with
  *   ENOSPC  the device has no context left, or no VRAM for the context's page tables
  *   ENODEV  the device is being unbound
+ *   EINTR   a signal came first
  *   EIO     the device does not answer any more
  *
  * Every call fails with
  *   ENODEV  the device was unbound or unplugged since the descriptor was opened
- *   EIO     the device does not answer any more
+ *   EIO     the call needs the device, and that does not answer any more
  *   EINVAL  a field has a value that is not described here: reserved fields and unused arguments
  *           are zero, ranges are not empty and end within the address space of processes
  *   EFAULT  the argument, or memory that it points to, can't be accessed
@@ -125,6 +126,7 @@ enum farfault_place {
  * stays where it is: that is counted, and no error.
  *   EFAULT  part of the range is not mapped
  *   ENOMEM  no memory for the call itself
+ *   EBUSY   the range kept changing while it was counted; what could move has moved
  */
 struct farfault_migrate {
 	__u64 address;		/* in: aligned to the page size */
@@ -182,6 +184,7 @@ struct farfault_page {
  * Asks where the pages of a range are. It moves and maps nothing. Each page's answer is true at one
  * moment between call and return.
  *   EFAULT  part of the range is not mapped
+ *   EBUSY   the range kept changing while it was looked at
  */
 struct farfault_query {
 	__u64 address;		/* in: aligned to the page size */
