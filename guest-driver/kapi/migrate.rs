@@ -81,8 +81,6 @@ pub(crate) struct Entry {
     pub(crate) order: u32,
     /// Where it is.
     pub(crate) source: Source,
-    /// The CPU may write it.
-    pub(crate) write: bool,
 }
 
 /// How the pages were found, and how to finish.
@@ -315,7 +313,6 @@ impl<'a> Collected<'a> {
             } else {
                 Source::Hole
             },
-            write: src & WRITE != 0,
         })
     }
 

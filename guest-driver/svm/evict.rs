@@ -5,7 +5,8 @@
 //! the page tables of their process, under its mmap lock, at the addresses where they were put. What
 //! is not found there (mremap moved it, only a forked child has it, the process is gone) goes home
 //! through the pages themselves. That second way is for leftovers only: mm's walk over the mappings
-//! of an anonymous page has no protection against an exiting process there.
+//! of an anonymous page has no protection against an exiting process there. So to make room it is
+//! taken only under the mmap lock of the owner, and never while the owner exits.
 //!
 //! Nobody may hold an mmap lock here: the victim's is taken.
 
