@@ -21,8 +21,8 @@
 //! 2. the mmap lock of a process, for reading; page locks below it belong to mm.
 //! 3. the update lock of the notifier (`mirror`): the GPU's page table. Under it: no allocation that
 //!    can reclaim, no wait but for the device.
-//! 4. `Jobs`, `Gpu::spaces`, `Vram`, the rings: leaves. None is held while another is
-//!    taken, but for `Gpu::spaces` before `Jobs` when the device is lost.
+//! 4. `Jobs`, `Gpu::spaces`, `Vram`, the rings: leaves. None is held while another is taken,
+//!    but for `Gpu::spaces` before `Jobs` when the device is lost.
 //!
 //! An eviction takes the mmap lock of another process: so nobody makes room in VRAM while holding 2.
 
