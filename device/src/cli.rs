@@ -50,9 +50,6 @@ pub struct Serve {
     /// End when the VM that the GPU served is gone, instead of waiting for the next one
     #[arg(long)]
     pub once: bool,
-    /// For benchmarks only, as data is lost: a driver's copies are answered, but move nothing
-    #[arg(long)]
-    pub no_copy: bool,
     /// Log more; twice for everything (RUST_LOG overrides it)
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -75,6 +72,18 @@ pub enum Command {
         #[arg(required_if_eq("topic", "page-table"))]
         context: Option<u32>,
     },
+    /// For benchmarks only, as data is lost: whether a driver's copies move anything
+    ///
+    /// While they are off, physical copy lists are checked and answered, and move nothing: what is
+    /// in their destinations is undefined. Jobs are not concerned. A reset switches them on.
+    Copies {
+        /// How to reach it, and how to print.
+        #[command(flatten)]
+        client: Client,
+        /// `off`, or `on` again
+        #[arg(value_enum)]
+        state: Switch,
+    },
 }
 
 /// How to reach a running device.
@@ -86,6 +95,15 @@ pub struct Client {
     /// Print JSON instead of tables
     #[arg(long)]
     pub json: bool,
+}
+
+/// What a switch is turned to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// As always.
+    On,
+    /// Not at all.
+    Off,
 }
 
 /// Parts of the GPU that can be looked at.
@@ -178,10 +196,10 @@ mod tests {
     fn command_line_of_each_mode_is_accepted() {
         for line in [
             "farfault-device --socket /tmp/g --vram 64M --threads 2 --once -vv",
-            "farfault-device --socket /tmp/g --no-copy",
             "farfault-device stats --control /tmp/c --json",
             "farfault-device inspect --control /tmp/c page-table 3",
             "farfault-device inspect tlb --control /tmp/c",
+            "farfault-device copies off --control /tmp/c",
         ] {
             Cli::try_parse_from(line.split(' ')).unwrap_or_else(|e| panic!("{line}: {e}"));
         }
@@ -194,6 +212,7 @@ mod tests {
             "farfault-device --vram 1G",
             "farfault-device stats",
             "farfault-device inspect --control c page-table",
+            "farfault-device copies --control c",
             "farfault-device --socket s --threads 0",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");

@@ -3,7 +3,7 @@
 
 use clap::Parser;
 use farfault_device::{
-    cli::{Cli, Client, Command, Serve, Topic},
+    cli::{Cli, Client, Command, Serve, Switch, Topic},
     control_socket::{self, Request},
     server,
 };
@@ -28,6 +28,15 @@ fn main() -> ExitCode {
                 }),
             ..
         } => show(&client, request(topic, context)),
+        Cli {
+            command: Some(Command::Copies { client, state }),
+            ..
+        } => show(
+            &client,
+            Request::Copies {
+                on: state == Switch::On,
+            },
+        ),
         Cli {
             serve: Some(options),
             ..

@@ -68,12 +68,6 @@ pub fn serve(options: &Serve) -> Result<(), ServeError> {
     let signals = signals().map_err(io("watch signals"))?;
     let mut settings = Settings::new(options.vram);
     settings.serial = options.serial;
-    settings.copies = !options.no_copy;
-    if options.no_copy {
-        log::warn!(
-            "--no-copy: copies move nothing; data is lost, so this GPU is for benchmarks only"
-        );
-    }
     let device = Arc::new(Device::new(Gpu::new(settings)?));
 
     let (listener, _gpu_path) = socket::listen(&options.socket)?;

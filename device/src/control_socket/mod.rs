@@ -3,7 +3,8 @@
 //! `inspect`, answered while it runs.
 //!
 //! JSON, one line for a request and one for its answer, over a Unix stream; a client may ask several
-//! in turn. It only looks: nothing that is asked here changes what the guest sees.
+//! in turn. All but [`Request::Copies`], which is for benchmarks, only look: they change nothing that
+//! the guest sees.
 //!
 //! | part | what it does |
 //! | --- | --- |
@@ -43,6 +44,12 @@ pub enum Request {
     Faults,
     /// Jobs and where their waves are.
     Jobs,
+    /// For benchmarks only: off, copy lists are answered and move nothing, so that the contents of
+    /// their destinations are undefined. Answers with what holds from now on.
+    Copies {
+        /// Whether they move anything.
+        on: bool,
+    },
 }
 
 /// The answer to a [`Request`].

@@ -124,6 +124,8 @@ pub struct Gpu {
     waves: u32,
     engines: [Engine; ENGINES],
     copies: CopyLists,
+    /// Whether new copy lists move anything: [`Self::switch_copies`].
+    copies_on: bool,
     /// Who is asked for work next.
     turn: engine::Turn,
     /// Works begun since waves last tried a fault again that found no buffer.
@@ -150,6 +152,7 @@ impl Gpu {
                 Engine::new(wire_event::Engine::Copy, settings.tlb),
             ],
             copies: CopyLists::default(),
+            copies_on: true,
             turn: engine::Turn::default(),
             works_since_retry: 0,
             events: Events::default(),
@@ -191,12 +194,20 @@ impl Gpu {
             engine.reset();
         }
         self.copies.clear();
+        self.copies_on = true;
         self.events.reset();
         self.control = ControlQueue::default();
         self.completions.clear();
         self.stats.resets += 1;
         self.resetting = true;
         self.end_reset();
+    }
+
+    /// Off: copy lists are checked and answered, but move nothing, until this is switched on again
+    /// or the GPU is reset. Those under way go on. For benchmarks only, to measure what all else
+    /// costs.
+    pub fn switch_copies(&mut self, on: bool) {
+        self.copies_on = on;
     }
 
     /// Whether a reset waits for work in flight. No new work is handed out meanwhile.

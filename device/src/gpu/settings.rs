@@ -57,9 +57,6 @@ pub struct Settings {
     pub limits: Limits,
     /// Off: every access walks the page tables. What a program sees is the same.
     pub tlb: bool,
-    /// Off (`--no-copy`): copy lists are checked and answered, but nothing moves. For benchmarks
-    /// only: measures what the rest costs.
-    pub copies: bool,
 }
 
 impl Settings {
@@ -70,7 +67,6 @@ impl Settings {
             serial: 0,
             limits: Limits::default(),
             tlb: true,
-            copies: true,
         }
     }
 }

@@ -99,7 +99,7 @@ impl Gpu {
         for run in &runs {
             self.count_run(run);
         }
-        if !self.settings.copies {
+        if !self.copies_on {
             return Ok(Outcome::Done(reply(Status::Ok, 0)));
         }
         self.copies.begin(tag, runs);

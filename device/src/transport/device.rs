@@ -10,7 +10,7 @@
 //! | queue (3) | kick, take requests, reply, interrupt: no other thread in between |
 //! | worker (`--threads`) | takes work, executes it, retires it, delivers events and replies |
 //! | vhost-user | memory table and ring addresses: waits here until no work uses the old ones |
-//! | main | control socket: copies what it shows under the lock, prints it without |
+//! | main | control socket: copies what it shows under the lock, prints it without; bench switch |
 //!
 //! Workers sleep on a condition variable. One that takes work wakes another if there is more, so
 //! that as many wake as there is work, and none for nothing.
@@ -67,6 +67,12 @@ pub struct Workers {
 struct AllStats {
     gpu: Stats,
     transport: TransportStats,
+}
+
+/// What [`Request::Copies`] answers.
+#[derive(Serialize)]
+struct CopiesState {
+    copies: bool,
 }
 
 impl Device {
@@ -310,6 +316,15 @@ impl Answer for Device {
             Request::Vram => serde_json::to_value(self.look(Gpu::vram)),
             Request::Faults => serde_json::to_value(self.look(Gpu::faults)),
             Request::Jobs => serde_json::to_value(self.look(Gpu::jobs)),
+            Request::Copies { on } => {
+                self.state.lock().queues.gpu.switch_copies(on);
+                if on {
+                    log::info!("copies are on");
+                } else {
+                    log::warn!("copies are off: they move nothing, and data is lost");
+                }
+                serde_json::to_value(CopiesState { copies: on })
+            }
         };
         match answer {
             Ok(value) => Response::Ok(value),

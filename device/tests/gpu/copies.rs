@@ -2,7 +2,7 @@
 //! Copy lists: what moves, what is refused, and that nothing moves then.
 
 use crate::rig::*;
-use farfault_device::gpu::{Outcome, Settings};
+use farfault_device::gpu::Outcome;
 use farfault_protocol::{
     address::{SystemAddr, VramAddr},
     command::Status,
@@ -220,13 +220,26 @@ fn ram_that_went_away_fails_the_list_with_the_first_run_that_needed_it() {
 
 #[test]
 fn copies_switched_off_are_checked_and_answered_but_move_nothing() {
-    let mut rig = Rig::with(Settings {
-        copies: false,
-        ..Settings::new(VRAM)
-    });
+    let mut rig = Rig::new();
+    rig.gpu.switch_copies(false);
     assert_eq!(rig.copy(&[fill(5, VRAM, 8)]), (Status::BadAddress, 0));
     rig.set_ram_word(0, 77);
     assert_eq!(rig.copy(&[upload(0, 0, 8)]), (Status::Ok, 0));
     assert_eq!(rig.copy(&[download(0, 8, 8)]), (Status::Ok, 0));
     assert_eq!(rig.ram_word(8), 0);
+
+    rig.gpu.switch_copies(true);
+    assert_eq!(rig.copy(&[upload(0, 0, 8), fill(5, 8, 8)]), (Status::Ok, 0));
+    assert_eq!(rig.copy(&[download(0, 8, 16)]), (Status::Ok, 0));
+    assert_eq!((rig.ram_word(8), rig.ram_word(16)), (77, 5));
+}
+
+#[test]
+fn copies_switched_off_are_on_after_a_reset() {
+    let mut rig = Rig::new();
+    rig.gpu.switch_copies(false);
+    rig.gpu.reset();
+    assert_eq!(rig.copy(&[fill(5, 0, 8)]), (Status::Ok, 0));
+    assert_eq!(rig.copy(&[download(0, 0, 8)]), (Status::Ok, 0));
+    assert_eq!(rig.ram_word(0), 5);
 }

@@ -3,14 +3,16 @@
 
 use crate::{
     device::{Device, program},
-    guest::{DEADLINE, Guest, nop},
+    guest::{DATA, DEADLINE, Guest, copy, nop, ram},
 };
+use farfault_protocol::submit::{CopyAperture, CopyRun};
 use std::{
     io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
     process::Command,
     time::Duration,
 };
+use vm_memory::{Bytes, GuestAddress};
 
 fn connect(device: &Device) -> UnixStream {
     let stream = UnixStream::connect(device.control()).expect("the control socket listens");
@@ -52,6 +54,32 @@ fn stats_and_each_topic_are_answered_as_tables_and_as_json() {
     }
     assert_eq!(device.transport_stat("control_requests"), 1);
     assert!(device.json(&["inspect"]).to_string().contains('3'));
+}
+
+#[test]
+fn copies_can_be_switched_off_and_on_while_a_guest_runs() {
+    let device = Device::start();
+    let mut guest = Guest::boot(&device);
+    let fill = |word: u64| {
+        copy(&[CopyRun {
+            source: word.into(),
+            destination: ram(0).get().into(),
+            length: 8.into(),
+            source_aperture: CopyAperture::Pattern.raw(),
+            destination_aperture: CopyAperture::System.raw(),
+            reserved: [0; 10],
+        }])
+    };
+    let word = |guest: &Guest| guest.memory.read_obj::<u64>(GuestAddress(DATA)).unwrap();
+    guest.submit_ok(&fill(1));
+    for (state, expected) in [("off", 1), ("on", 2)] {
+        let answer = device.json(&["copies", state]);
+        assert_eq!(answer, serde_json::json!({ "copies": state == "on" }));
+        guest.submit_ok(&fill(2));
+        assert_eq!(word(&guest), expected, "copies {state}");
+    }
+    let table = device.command(&["copies", "off"]);
+    assert!(table.status.success() && !table.stdout.is_empty());
 }
 
 #[test]
