@@ -75,7 +75,7 @@ pub(crate) fn kvm_works(paths: &Paths, setup: &Setup) -> Result<Option<String>> 
         host_release()?,
         fingerprint(&setup.kernel.image)?
     );
-    let kept = paths.cache.join("kvm-probe");
+    let kept = paths.cache.join(format!("kvm-probe-{}", setup.kernel.name));
     if let Some(answer) = fs::read_to_string(&kept)
         .ok()
         .as_deref()
@@ -136,14 +136,15 @@ fn probe(setup: &Setup) -> Result<Option<String>> {
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let mut qemu = spawn(command).map_err(Error::io(what))?;
-    let status = wait_until(&mut qemu, Instant::now() + PROBE_LIMIT).map_err(Error::io(what))?;
+    let limit = PROBE_LIMIT * setup.kernel.slowness;
+    let status = wait_until(&mut qemu, Instant::now() + limit).map_err(Error::io(what))?;
     if status.is_none() {
         qemu.kill()
             .and_then(|()| qemu.wait())
             .map_err(Error::io(what))?;
         return Ok(Some(format!(
             "a kernel did not boot within {} s",
-            PROBE_LIMIT.as_secs()
+            limit.as_secs()
         )));
     }
     let text = fs::read(&console).unwrap_or_default();

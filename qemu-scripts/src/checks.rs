@@ -4,9 +4,9 @@
 use std::path::Path;
 
 use crate::{
-    AccelChoice, Error, Options, Paths, Result, ToolboxChoice,
+    AccelChoice, Error, KernelChoice, Options, Paths, Result, ToolboxChoice,
     process::{bound, on_path, output},
-    setup::{self, Toolbox, kernel, toolbox},
+    setup::{self, Toolbox, toolbox},
 };
 
 /// One thing that was looked at.
@@ -70,7 +70,7 @@ pub fn all(options: &Options) -> Vec<Check> {
 /// What the host must have where it is the toolbox.
 fn host(options: &Options) -> Vec<Check> {
     let build = ["make", "gcc", "bindgen", "flex", "bison", "bc", "busybox"];
-    let kernel = kernel::find(options, &Toolbox::Host, Path::new(""));
+    let kernel = setup::kernel_on_host(options);
     vec![
         Check {
             name: "host's build tools",
@@ -160,23 +160,14 @@ fn tools(names: &[&str], mend: &str) -> Result<String> {
 
 fn cache(options: &Options) -> Result<String> {
     let paths = Paths::new(options)?;
-    if setup::is_done(&paths) {
-        return Ok(format!("ready in {}", paths.cache.display()));
-    }
-    let (free, needed) = setup::space(&paths.cache)?;
-    if free < needed {
-        return Err(Error::unfit(
-            format!(
-                "{} has {free} MiB free, set-up needs {needed} MiB",
-                paths.cache.display()
-            ),
-            "make room, or name a folder elsewhere with --cache",
-        ));
-    }
-    Ok(format!(
-        "will be made in {} by the next command that needs them",
-        paths.cache.display()
-    ))
+    let cache = paths.cache.display();
+    Ok(match (setup::check(options, &paths)?, &options.kernel) {
+        (true, _) => format!("ready in {cache}"),
+        (false, KernelChoice::Debug) => format!(
+            "will be made in {cache} by the next command that needs them; building the debug kernel takes long"
+        ),
+        (false, _) => format!("will be made in {cache} by the next command that needs them"),
+    })
 }
 
 fn accelerator(options: &Options) -> Result<String> {

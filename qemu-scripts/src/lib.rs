@@ -8,6 +8,7 @@ pub mod accel;
 pub mod build;
 pub mod checks;
 mod error;
+pub mod ktap;
 mod options;
 mod paths;
 mod prepared;
@@ -18,6 +19,6 @@ pub mod versions;
 pub mod vm;
 
 pub use error::{Error, Result};
-pub use options::{AccelChoice, Options, ToolboxChoice};
+pub use options::{AccelChoice, KernelChoice, Options, ToolboxChoice};
 pub use paths::Paths;
 pub use prepared::Prepared;

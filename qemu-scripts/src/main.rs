@@ -6,7 +6,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use commands::{bench, boot, demo, doctor, test};
+use commands::{bench, boot, demo, doctor, hmm_tests, test};
 use xtask::{Options, Paths, Prepared, build, setup};
 
 /// Sets up, boots and tests Farfault. A first run fetches what it needs; later ones take what is there.
@@ -27,6 +27,8 @@ enum Command {
     Test(test::Arguments),
     /// Boot a VM with the GPU in it and the driver loaded, and give a shell
     Boot(boot::Arguments),
+    /// Run the kernel's own selftests for HMM
+    HmmTests(hmm_tests::Arguments),
     /// Measure, and print what was measured
     Bench(bench::Arguments),
     /// Say what is missing here, and the command that mends it
@@ -61,6 +63,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Demo(arguments) => demo::run(options, arguments),
         Command::Test(arguments) => test::run(options, arguments),
         Command::Boot(arguments) => boot::run(options, arguments),
+        Command::HmmTests(arguments) => hmm_tests::run(options, arguments),
         Command::Bench(arguments) => bench::run(options, arguments),
         Command::Doctor => doctor::run(options),
         Command::Setup => {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What every command understands, from the command line or the environment.
 
-use std::path::PathBuf;
+use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, ValueEnum};
 
@@ -30,9 +30,16 @@ pub struct Options {
     /// Folder for the toolbox and the kernel [default: farfault in the user's cache folder]
     #[arg(long, global = true, env = "FARFAULT_CACHE", value_name = "FOLDER")]
     pub cache: Option<PathBuf>,
-    /// Build folder of a kernel of one's own, with its image in it (say, with KASAN and lockdep)
-    #[arg(long, global = true, env = "FARFAULT_KERNEL", value_name = "FOLDER")]
-    pub kernel: Option<PathBuf>,
+    /// The guest's kernel: `stock` is Debian's own; `debug` is one with KASAN and lockdep, built once (it takes long);
+    /// anything else is the build folder of a kernel of one's own, with its image in it
+    #[arg(
+        long,
+        global = true,
+        env = "FARFAULT_KERNEL",
+        value_name = "stock|debug|FOLDER",
+        default_value = "stock"
+    )]
+    pub kernel: KernelChoice,
 }
 
 /// Where the tools come from.
@@ -55,6 +62,40 @@ pub enum AccelChoice {
     Kvm,
     /// QEMU's translator
     Tcg,
+}
+
+/// Which kernel the guest has.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum KernelChoice {
+    /// The one that the toolbox's distribution has built
+    #[default]
+    Stock,
+    /// The one with checks, built once and kept in the cache
+    Debug,
+    /// One that somebody has built in this folder
+    Folder(PathBuf),
+}
+
+impl From<OsString> for KernelChoice {
+    fn from(text: OsString) -> Self {
+        match text.to_str() {
+            Some("stock") => Self::Stock,
+            Some("debug") => Self::Debug,
+            _ => Self::Folder(text.into()),
+        }
+    }
+}
+
+impl KernelChoice {
+    /// As the command line reads it.
+    #[must_use]
+    pub fn as_path(&self) -> PathBuf {
+        match self {
+            Self::Stock => "stock".into(),
+            Self::Debug => "debug".into(),
+            Self::Folder(folder) => folder.clone(),
+        }
+    }
 }
 
 impl Options {
@@ -86,13 +127,9 @@ impl Options {
                 name(&|| self.toolbox.to_possible_value()),
             ),
             ("FARFAULT_ACCEL", name(&|| self.accel.to_possible_value())),
+            ("FARFAULT_KERNEL", self.kernel.as_path()),
         ];
         variables.extend(self.cache.clone().map(|folder| ("FARFAULT_CACHE", folder)));
-        variables.extend(
-            self.kernel
-                .clone()
-                .map(|folder| ("FARFAULT_KERNEL", folder)),
-        );
         variables
     }
 }

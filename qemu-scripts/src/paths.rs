@@ -13,7 +13,7 @@ use std::{
 
 use etcetera::BaseStrategy;
 
-use crate::{Error, Options, Result};
+use crate::{Error, Options, Result, setup::Kernel};
 
 /// The folders of one run.
 #[derive(Debug, Clone)]
@@ -71,6 +71,12 @@ impl Paths {
     #[must_use]
     pub fn build(&self) -> PathBuf {
         self.target.join("farfault")
+    }
+
+    /// What of that is built for one kernel.
+    #[must_use]
+    pub fn for_kernel(&self, kernel: &Kernel) -> PathBuf {
+        self.build().join(&kernel.name)
     }
 
     /// Logs of VMs that failed.

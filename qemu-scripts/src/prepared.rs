@@ -4,7 +4,7 @@
 use crate::{
     Options, Paths, Result,
     accel::Accel,
-    build::{self, Artifacts},
+    build::{self, Artifacts, Extra},
     setup::{self, Setup},
 };
 
@@ -27,9 +27,17 @@ impl Prepared {
     /// # Errors
     /// Set-up or a build fails.
     pub fn new(options: &Options) -> Result<Self> {
+        Self::with(options, Extra::None)
+    }
+
+    /// The same with more in the guest.
+    ///
+    /// # Errors
+    /// Set-up or a build fails.
+    pub fn with(options: &Options, extra: Extra) -> Result<Self> {
         let paths = Paths::new(options)?;
         let setup = setup::ensure(options, &paths)?;
-        let artifacts = build::all(&paths, &setup)?;
+        let artifacts = build::all(&paths, &setup, extra)?;
         let accel = Accel::choose(options, &paths, &setup)?;
         Ok(Self {
             paths,

@@ -7,7 +7,7 @@
 use std::{
     ffi::OsStr,
     fs::{self, File},
-    io::{self, Read, Seek, SeekFrom},
+    io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
@@ -72,17 +72,62 @@ pub(crate) fn run_logged_from(
     what: &str,
     log: &Path,
 ) -> Result<()> {
-    if let Some(folder) = log.parent() {
-        crate::paths::create_dir(folder)?;
-    }
-    let opened = File::options().append(true).create(true).open(log);
-    let opened = opened.and_then(|file| Ok((file.try_clone()?, file)));
-    let (stdout, stderr) = opened.map_err(Error::io(format!("opening {}", log.display())))?;
+    let (stdout, stderr) = open_twice(log)?;
     let failed = Error::io(format!("{what}: starting {command:?}"));
     command.stdin(input).stdout(stdout).stderr(stderr);
     let status = spawn(command)
         .and_then(|mut child| child.wait())
         .map_err(failed)?;
+    ended(status, what, log)
+}
+
+/// Runs a tool to its end, its output appended to a log, each line of its standard output shown to `see`.
+pub(crate) fn run_watched(
+    mut command: Command,
+    what: &str,
+    log: &Path,
+    mut see: impl FnMut(&str),
+) -> Result<()> {
+    let (mut copy, stderr) = open_twice(log)?;
+    let failed = || Error::io(format!("{what}: running {command:?}"));
+    let (not_started, not_read, not_waited) = (failed(), failed(), failed());
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(stderr);
+    let mut child = spawn(command).map_err(not_started)?;
+    let mut read = || -> io::Result<()> {
+        let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        for line in BufReader::new(stdout).split(b'\n') {
+            let mut line = line?;
+            see(&String::from_utf8_lossy(&line));
+            line.push(b'\n');
+            copy.write_all(&line)?;
+        }
+        Ok(())
+    };
+    let read = read().map_err(not_read);
+    if read.is_err() {
+        // Nobody reads on, so it would hang.
+        let _ = child.kill();
+    }
+    let status = child.wait().map_err(not_waited)?;
+    read?;
+    ended(status, what, log)
+}
+
+/// A log, opened for two streams to append to.
+fn open_twice(log: &Path) -> Result<(File, File)> {
+    if let Some(folder) = log.parent() {
+        crate::paths::create_dir(folder)?;
+    }
+    let opened = File::options().append(true).create(true).open(log);
+    opened
+        .and_then(|file| Ok((file.try_clone()?, file)))
+        .map_err(Error::io(format!("opening {}", log.display())))
+}
+
+fn ended(status: ExitStatus, what: &str, log: &Path) -> Result<()> {
     if status.success() {
         return Ok(());
     }
@@ -184,6 +229,23 @@ mod tests {
         assert_eq!(status.code(), Some(3));
         assert!(tail.ends_with("  | at last"), "{tail}");
         assert_eq!(tail.lines().count(), TAIL_LINES);
+    }
+
+    #[test]
+    fn run_watched_shows_each_line_and_logs_both_streams() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("tool.log");
+        let mut command = bound("sh");
+        command.args(["-c", "echo one; echo two; echo three >&2"]);
+        let mut seen = Vec::new();
+        run_watched(command, "a tool", &log, |line| seen.push(line.to_owned())).unwrap();
+        assert_eq!(seen, ["one", "two"]);
+        let text = fs::read_to_string(log).unwrap();
+        assert!(
+            ["one\n", "two\n", "three\n"]
+                .iter()
+                .all(|line| text.contains(line))
+        );
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub struct Versions {
     pub debian: Debian,
     pub toolbox: Toolbox,
     pub kernel: Kernel,
+    pub debug_kernel: DebugKernel,
     pub space: Space,
 }
 
@@ -49,6 +50,15 @@ pub struct Kernel {
     pub series: String,
     pub packages: Vec<String>,
     pub local_version: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the file itself explains each entry")]
+pub struct DebugKernel {
+    pub packages: Vec<String>,
+    pub steps: u64,
+    pub needed_mib: u64,
 }
 
 #[derive(Debug, Deserialize)]

@@ -16,8 +16,14 @@ pub const PORT_NAME: &str = "farfault.agent";
 /// What the kernel's command line tells the init, as `KEY=VALUE`.
 pub const MODE_KEY: &str = "farfault_init.mode";
 
+/// The folder of the modules in the guest.
+pub const MODULES: &str = "/lib/modules";
+
 /// Where the driver lies in the guest.
 pub const DRIVER_PATH: &str = "/lib/modules/farfault.ko";
+
+/// Where the kernel's mock device lies, in a guest that has it.
+pub const MOCK_PATH: &str = "/lib/modules/test_hmm.ko";
 
 /// No frame is longer; output is sent in pieces far below it.
 const MAX_FRAME: u32 = 1 << 20;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use cpio::newc::{self, ModeFileType};
-use farfault_init::DRIVER_PATH;
+use farfault_init::MODULES;
 
 use crate::{
     Error, Paths, Result,
@@ -40,24 +40,27 @@ const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:
 const GROUP: &str = "root:x:0:\nuser:x:1000:\n";
 const PROFILE: &str = "PATH=/bin\nHOME=/root\nPS1='guest:\\w# '\nexport PATH HOME PS1\n";
 
-/// Writes the archive, unless the one that is there was made from the same files.
+/// Writes the archive of this name, unless the one that is there was made from the same files.
 ///
 /// # Errors
 /// A file cannot be read, or the archive not be written.
 pub fn initramfs(
     paths: &Paths,
     setup: &Setup,
-    driver: &Path,
+    name: &str,
+    modules: &[PathBuf],
     programs: &[Program],
 ) -> Result<PathBuf> {
-    let archive = paths.build().join("initramfs.cpio");
-    let stamp_path = paths.build().join("initramfs.stamp");
+    let folder = paths.for_kernel(&setup.kernel);
+    let archive = folder.join(format!("{name}.cpio"));
+    let stamp_path = folder.join(format!("{name}.stamp"));
     let busybox = setup.toolbox.busybox();
     let mut stamp = format!("{FOLDERS:?}{PASSWD}{GROUP}{PROFILE}\n");
     let sources = programs
         .iter()
-        .map(|program| program.path.as_path())
-        .chain([driver, busybox.as_path()]);
+        .map(|program| &program.path)
+        .chain(modules)
+        .chain([&busybox]);
     for source in sources {
         stamp.push_str(&fingerprint(source)?);
         stamp.push('\n');
@@ -69,14 +72,19 @@ pub fn initramfs(
     command.arg("--list");
     let applets = output(command, "busybox")?;
     let content =
-        pack(&busybox, &applets, driver, programs).map_err(Error::io("packing the initramfs"))?;
+        pack(&busybox, &applets, modules, programs).map_err(Error::io("packing the initramfs"))?;
     paths::remove(&stamp_path)?;
     paths::write_atomically(&archive, &content)?;
     paths::write_atomically(&stamp_path, stamp.as_bytes())?;
     Ok(archive)
 }
 
-fn pack(busybox: &Path, applets: &str, driver: &Path, programs: &[Program]) -> io::Result<Vec<u8>> {
+fn pack(
+    busybox: &Path,
+    applets: &str,
+    modules: &[PathBuf],
+    programs: &[Program],
+) -> io::Result<Vec<u8>> {
     let mut archive = Archive::default();
     for folder in FOLDERS {
         archive.add(folder, ModeFileType::Directory, 0o755, &[])?;
@@ -110,7 +118,13 @@ fn pack(busybox: &Path, applets: &str, driver: &Path, programs: &[Program]) -> i
             archive.add_file(&format!("bin/{}", program.name), &program.path)?;
         }
     }
-    archive.add_file(DRIVER_PATH.trim_start_matches('/'), driver)?;
+    for module in modules {
+        let name = module.file_name().unwrap_or_default().to_string_lossy();
+        archive.add_file(
+            &format!("{}/{name}", MODULES.trim_start_matches('/')),
+            module,
+        )?;
+    }
     newc::trailer(archive.bytes)
 }
 
@@ -163,7 +177,7 @@ mod tests {
         let packed = pack(
             &file("busybox"),
             "busybox\nsh\n",
-            &file("farfault.ko"),
+            &[file("farfault.ko"), file("test_hmm.ko")],
             &programs,
         )
         .unwrap();
@@ -187,6 +201,7 @@ mod tests {
             ("bin/sh", "busybox"),
             ("bin/busybox", "busybox"),
             ("lib/modules/farfault.ko", "farfault.ko"),
+            ("lib/modules/test_hmm.ko", "test_hmm.ko"),
             ("proc", ""),
         ] {
             assert!(

@@ -7,6 +7,7 @@ mod device;
 mod guest_programs;
 mod initramfs;
 mod module;
+mod suite;
 
 use std::path::PathBuf;
 
@@ -14,6 +15,7 @@ pub use device::device;
 pub use guest_programs::{Program, guest_programs};
 pub use initramfs::initramfs;
 pub use module::{clippy_module, module};
+pub use suite::{PROGRAM as SUITE_PROGRAM, Suite, suite};
 
 use crate::{
     Paths, Result,
@@ -29,15 +31,33 @@ pub struct Artifacts {
     pub initramfs: PathBuf,
 }
 
+/// What the guest has beside driver and programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extra {
+    /// Nothing.
+    None,
+    /// The kernel's own selftests for HMM, and their mock device.
+    Suite,
+}
+
 /// Builds all of it.
 ///
 /// # Errors
 /// A compiler says no.
-pub fn all(paths: &Paths, setup: &Setup) -> Result<Artifacts> {
+pub fn all(paths: &Paths, setup: &Setup, extra: Extra) -> Result<Artifacts> {
     let _lock = Lock::exclusive(&paths.build())?;
     let device = device(paths)?;
-    let driver = module(paths, setup)?;
-    let programs = guest_programs(paths, setup)?;
-    let initramfs = initramfs(paths, setup, &driver, &programs)?;
+    let mut modules = vec![module(paths, setup)?];
+    let mut programs = guest_programs(paths, setup)?;
+    let name = match extra {
+        Extra::None => "initramfs",
+        Extra::Suite => {
+            let suite = suite(paths, setup)?;
+            modules.push(suite.module);
+            programs.push(suite.program);
+            "initramfs-with-suite"
+        }
+    };
+    let initramfs = initramfs(paths, setup, name, &modules, &programs)?;
     Ok(Artifacts { device, initramfs })
 }

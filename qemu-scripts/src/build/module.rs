@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The kernel module, built by Kbuild in the toolbox with its output outside of the source tree.
+//! Kernel modules, built by Kbuild in the toolbox with their output outside of the source tree, each kernel's in a folder of
+//! its own: ours, and those that others of this folder name.
 
 use std::{
     fs,
@@ -21,8 +22,9 @@ const NO_BTF: &str = "Skipping BTF generation";
 /// # Errors
 /// It does not compile.
 pub fn module(paths: &Paths, setup: &Setup) -> Result<PathBuf> {
-    let output = paths.build().join("module");
-    make(paths, setup, &output, &[])?;
+    let output = paths.for_kernel(&setup.kernel).join("module");
+    let what = "driver: building farfault.ko";
+    make(what, setup, &paths.repository, "guest-driver", &output, &[])?;
     Ok(output.join("farfault.ko"))
 }
 
@@ -31,52 +33,58 @@ pub fn module(paths: &Paths, setup: &Setup) -> Result<PathBuf> {
 /// # Errors
 /// Clippy has something to say.
 pub fn clippy_module(paths: &Paths, setup: &Setup) -> Result<()> {
-    let output = paths.build().join("module-clippy");
+    let output = paths.for_kernel(&setup.kernel).join("module-clippy");
     // Clippy speaks only about what it compiles, so it must compile all.
     paths::remove(&output)?;
+    let more = ["CLIPPY=1", "KRUSTFLAGS=-Dwarnings"];
+    let what = "driver: checking with clippy";
     make(
-        paths,
+        what,
         setup,
+        &paths.repository,
+        "guest-driver",
         &output,
-        &["CLIPPY=1", "KRUSTFLAGS=-Dwarnings"],
+        &more,
     )
 }
 
-fn make(paths: &Paths, setup: &Setup, output: &Path, more: &[&str]) -> Result<()> {
-    let what = "building the driver";
-    let step = Progress::start("driver: building farfault.ko");
+/// Builds the modules of one folder of a tree, all of which the build sees.
+pub(super) fn make(
+    what: &str,
+    setup: &Setup,
+    tree: &Path,
+    folder: &str,
+    output: &Path,
+    more: &[&str],
+) -> Result<()> {
+    let step = Progress::start(what);
     paths::create_dir(output)?;
     let mut visible = setup.kernel.folders();
-    visible.extend([paths.repository.as_path(), output]);
-    let mut make = setup.toolbox.command("make", &paths.repository, &visible);
+    visible.extend([tree, output]);
+    let source = tree.join(folder);
+    let mut make = setup.toolbox.command("make", tree, &visible);
     make.arg("--silent")
         .arg("-C")
         .arg(&setup.kernel.build)
-        .arg(format!(
-            "M={}",
-            paths.repository.join("guest-driver").display()
-        ))
+        .arg(format!("M={}", source.display()))
         .arg(format!("MO={}", output.display()))
-        .arg(format!("CC={}", setup.kernel.cc))
+        .arg(setup.kernel.compiler.make_argument())
         .arg(format!("-j{}", jobs()))
         .args(more)
         .arg("modules");
-    let log = paths.build().join("module.log");
+    let log = output.with_extension("log");
     paths::remove(&log)?;
     let made = run_logged(make, what, &log);
     // What the compiler says belongs to the person who wrote the code, all of it.
     let said = fs::read(&log).map_err(Error::io(log.display().to_string()))?;
-    let said = String::from_utf8_lossy(&said);
-    let worth_reading: Vec<&str> = said
-        .lines()
-        .filter(|line| !line.starts_with(NO_BTF))
-        .collect();
     match made {
         Ok(()) => step.done(),
         Err(_) => drop(step),
     }
-    for line in worth_reading {
-        eprintln!("{line}");
+    for line in String::from_utf8_lossy(&said).lines() {
+        if !line.starts_with(NO_BTF) {
+            eprintln!("{line}");
+        }
     }
     made.map_err(|error| match error {
         Error::Tool { what, status, .. } => Error::Shown { what, status },

@@ -5,6 +5,7 @@ pub(crate) mod bench;
 pub(crate) mod boot;
 pub(crate) mod demo;
 pub(crate) mod doctor;
+pub(crate) mod hmm_tests;
 pub(crate) mod test;
 
 use std::process::ExitCode;

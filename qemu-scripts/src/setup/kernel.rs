@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The guest's kernel, and a folder to build modules for it in.
+//! The guest's kernel, and a folder to build modules for it in: any of the three, and how the stock one is made ready.
 //!
-//! No kernel is compiled: the image is Debian's own. Its packages lack the metadata that Rust modules need, so that is made
+//! The stock kernel is not compiled: the image is Debian's own. Its packages lack the metadata that Rust modules need, so that is made
 //! from the kernel's source with the very configuration and the very rustc of the image (`modules_prepare`). Layouts of
 //! kernel structures follow from the configuration, and this kernel has no symbol versions that would catch a difference;
 //! so the configuration that results is compared with Debian's, option by option.
 
 use std::{
     fs,
+    hash::{DefaultHasher, Hash, Hasher},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
 use crate::{
-    Error, Options, Result, paths,
+    Error, Result, paths,
     process::{output, run_logged},
     progress::Progress,
     setup::{
@@ -47,9 +48,20 @@ const MAY_DIFFER: [&str; 5] = [
     "CONFIG_PAHOLE_",
 ];
 
+/// Options that make a kernel several times slower.
+const SLOW: [&str; 2] = ["CONFIG_KASAN", "CONFIG_PROVE_LOCKING"];
+
+/// How much more time everything has on such a kernel.
+const SLOWNESS: u32 = 6;
+
+/// Where the toolbox has the source of Rust's core library.
+pub(crate) const RUST_LIB_SRC: &str = "RUST_LIB_SRC=/usr/lib/rustlib/src/rust/library";
+
 /// A kernel that can be booted and that modules can be built for.
 #[derive(Debug, Clone)]
 pub struct Kernel {
+    /// A name for the folder of what is built for it, so that what is built for two kernels never mixes.
+    pub name: String,
     /// As `uname -r` says it.
     pub release: String,
     /// What QEMU boots.
@@ -58,13 +70,44 @@ pub struct Kernel {
     pub build: PathBuf,
     /// The source that the build folder refers to.
     pub source: PathBuf,
-    /// The compiler that built the kernel.
-    pub cc: String,
+    /// The compiler that built the kernel, and so has to build its modules.
+    pub compiler: Compiler,
+    /// Time limits of what happens in the guest are multiplied by this.
+    pub slowness: u32,
+}
+
+/// What builds a kernel's C.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Compiler {
+    /// gcc, by the name of its program.
+    Gcc(String),
+    /// clang, with LLVM's linker and tools.
+    Llvm,
+}
+
+impl Compiler {
+    /// The one of a configuration.
+    fn of(config: &str) -> Self {
+        if value_of(config, "CONFIG_CC_IS_CLANG") == Some("y") {
+            return Self::Llvm;
+        }
+        let cc = value_of(config, "CONFIG_CC_VERSION_TEXT")
+            .and_then(|text| text.trim_matches('"').split(' ').next());
+        Self::Gcc(cc.unwrap_or("gcc").to_owned())
+    }
+
+    /// How make is told of it.
+    pub(crate) fn make_argument(&self) -> String {
+        match self {
+            Self::Gcc(program) => format!("CC={program}"),
+            Self::Llvm => "LLVM=1".to_owned(),
+        }
+    }
 }
 
 impl Kernel {
     /// Reads what a build folder says of itself.
-    fn in_folder(build: &Path, image: PathBuf) -> Result<Self> {
+    pub(crate) fn in_folder(name: &str, build: &Path, image: PathBuf) -> Result<Self> {
         let read = |path: &str| {
             let path = build.join(path);
             fs::read_to_string(&path).map_err(|error| {
@@ -93,8 +136,6 @@ impl Kernel {
                 ));
             }
         }
-        let cc = value_of(&config, "CONFIG_CC_VERSION_TEXT")
-            .and_then(|text| text.trim_matches('"').split(' ').next());
         let source = fs::canonicalize(build.join("source")).unwrap_or_else(|_| build.to_path_buf());
         if !image.exists() {
             return Err(Error::unfit(
@@ -103,11 +144,20 @@ impl Kernel {
             ));
         }
         Ok(Self {
+            name: name.to_owned(),
             release,
             image,
             build: build.to_path_buf(),
             source,
-            cc: cc.unwrap_or("gcc").to_owned(),
+            compiler: Compiler::of(&config),
+            slowness: if SLOW
+                .iter()
+                .any(|option| value_of(&config, option) == Some("y"))
+            {
+                SLOWNESS
+            } else {
+                1
+            },
         })
     }
 
@@ -128,16 +178,18 @@ pub(crate) fn step(cache: &Path, toolbox: &Step) -> Step {
     Step::new(cache.join("kernel"), &[&fixed, toolbox.stamp()])
 }
 
-/// The kernel that the options ask for; Debian's is the one in `folder`.
-pub(crate) fn find(options: &Options, toolbox: &Toolbox, folder: &Path) -> Result<Kernel> {
-    if let Some(build) = &options.kernel {
-        let build = fs::canonicalize(build).map_err(Error::io(build.display().to_string()))?;
-        return Kernel::in_folder(&build, build.join("arch/x86/boot/bzImage"));
-    }
-    match toolbox {
-        Toolbox::Debian(_) => Kernel::in_folder(&folder.join("build"), folder.join("vmlinuz")),
-        Toolbox::Host => find_on_host(),
-    }
+/// Debian's kernel, in the folder of its step.
+pub(crate) fn stock(folder: &Path) -> Result<Kernel> {
+    Kernel::in_folder("stock", &folder.join("build"), folder.join("vmlinuz"))
+}
+
+/// A kernel that somebody has built in this folder.
+pub(crate) fn own(build: &Path) -> Result<Kernel> {
+    let build = fs::canonicalize(build).map_err(Error::io(build.display().to_string()))?;
+    let mut hasher = DefaultHasher::new();
+    build.hash(&mut hasher);
+    let name = format!("own-{:016x}", hasher.finish());
+    Kernel::in_folder(&name, &build, build.join("arch/x86/boot/bzImage"))
 }
 
 /// Fills the kernel's folder.
@@ -158,38 +210,21 @@ pub(crate) fn fill(folder: &Path, toolbox: &Toolbox, apt: &Apt, log: &Path) -> R
 
     let step = Progress::start("kernel: unpacking the parts of its source that modules need");
     let (source, build) = (folder.join("source"), folder.join("build"));
-    paths::create_dir(&source)?;
     paths::create_dir(&build)?;
-    let archive = packages
-        .join("usr/src")
-        .join(format!("linux-source-{}.tar.xz", wanted.series));
-    let mut tar = toolbox.command("tar", folder, &[folder]);
-    tar.args([
-        "--extract",
-        "--no-same-owner",
-        "--strip-components=1",
-        "--directory",
-    ])
-    .arg(&source);
-    tar.args(LEFT_OUT.map(|pattern| format!("--exclude={pattern}")))
-        .arg("--file")
-        .arg(&archive);
-    run_logged(tar, "unpacking the kernel's source", log)?;
+    unpack_source(toolbox, folder, &packages, &source, &LEFT_OUT, log)?;
     step.done();
 
     let step = Progress::start("kernel: preparing the build of modules");
     let debians = modules.join("config");
     copy(&debians, &build.join(".config"))?;
-    let cc = fs::read_to_string(&debians).map_err(Error::io(debians.display().to_string()))?;
-    let cc = value_of(&cc, "CONFIG_CC_VERSION_TEXT")
-        .unwrap_or("gcc")
-        .trim_matches('"');
+    let config = fs::read_to_string(&debians).map_err(Error::io(debians.display().to_string()))?;
+    let compiler = Compiler::of(&config);
     for target in ["olddefconfig", "modules_prepare"] {
         let mut make = toolbox.command("make", &source, &[folder]);
         make.arg(format!("O={}", build.display()))
-            .arg(format!("CC={}", cc.split(' ').next().unwrap_or("gcc")))
+            .arg(compiler.make_argument())
             .arg(format!("LOCALVERSION={}", wanted.local_version))
-            .arg("RUST_LIB_SRC=/usr/lib/rustlib/src/rust/library")
+            .arg(RUST_LIB_SRC)
             .arg(format!("-j{}", jobs()))
             .arg(target);
         run_logged(
@@ -210,13 +245,44 @@ pub(crate) fn fill(folder: &Path, toolbox: &Toolbox, apt: &Apt, log: &Path) -> R
     Ok(())
 }
 
+/// Unpacks the kernel's source out of Debian's package of it, which is unpacked in `packages`, below `folder`.
+pub(crate) fn unpack_source(
+    toolbox: &Toolbox,
+    folder: &Path,
+    packages: &Path,
+    into: &Path,
+    left_out: &[&str],
+    log: &Path,
+) -> Result<()> {
+    paths::create_dir(into)?;
+    let archive = packages
+        .join("usr/src")
+        .join(format!("linux-source-{}.tar.xz", VERSIONS.kernel.series));
+    let mut tar = toolbox.command("tar", folder, &[folder]);
+    tar.args([
+        "--extract",
+        "--no-same-owner",
+        "--strip-components=1",
+        "--directory",
+    ])
+    .arg(into);
+    tar.args(
+        left_out
+            .iter()
+            .map(|pattern| format!("--exclude={pattern}")),
+    )
+    .arg("--file")
+    .arg(&archive);
+    run_logged(tar, "unpacking the kernel's source", log)
+}
+
 /// How many things are built at a time.
 pub(crate) fn jobs() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// The host's own kernel of the right series, where Rust modules can be built for it.
-fn find_on_host() -> Result<Kernel> {
+pub(crate) fn on_host() -> Result<Kernel> {
     let series = &VERSIONS.kernel.series;
     let mend = "use --toolbox debian, or name a build folder with --kernel";
     let entries = fs::read_dir("/lib/modules")
@@ -240,7 +306,7 @@ fn find_on_host() -> Result<Kernel> {
             refused.push(format!("{release}: its build folder has no Rust metadata"));
             continue;
         }
-        match Kernel::in_folder(&build, image.clone()) {
+        match Kernel::in_folder("host", &build, image.clone()) {
             Ok(kernel) => return Ok(kernel),
             Err(error) => refused.push(format!("{release}: {error}")),
         }
@@ -297,7 +363,7 @@ fn differing_options(wanted: &str, made: &str) -> Vec<String> {
     names
 }
 
-fn value_of<'a>(config: &'a str, option: &str) -> Option<&'a str> {
+pub(crate) fn value_of<'a>(config: &'a str, option: &str) -> Option<&'a str> {
     config
         .lines()
         .find_map(|line| line.strip_prefix(option)?.strip_prefix('='))
@@ -351,6 +417,18 @@ mod tests {
             differing_options(wanted, made),
             ["CONFIG_C", "CONFIG_DEBUG_INFO_BTF"]
         );
+    }
+
+    #[test]
+    fn compiler_of_a_configuration_is_the_one_that_it_names() {
+        let gcc = "CONFIG_CC_VERSION_TEXT=\"x86_64-linux-gnu-gcc-14 (Debian 14.2.0-19) 14.2.0\"\nCONFIG_CC_IS_GCC=y\n";
+        assert_eq!(
+            Compiler::of(gcc).make_argument(),
+            "CC=x86_64-linux-gnu-gcc-14"
+        );
+        let clang =
+            "CONFIG_CC_VERSION_TEXT=\"Debian clang version 19.1.7 (3+b1)\"\nCONFIG_CC_IS_CLANG=y\n";
+        assert_eq!(Compiler::of(clang).make_argument(), "LLVM=1");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! Set-up: from nothing to a toolbox and a kernel in the cache, once.
 
 mod apt;
+mod debug;
 pub(crate) mod kernel;
 mod step;
 pub mod toolbox;
@@ -13,8 +14,11 @@ pub use toolbox::Toolbox;
 
 pub(crate) use step::{Lock, Step};
 
+use debug::{Debug, Need};
+use kernel::Compiler;
+
 use crate::{
-    Error, Options, Paths, Result, ToolboxChoice, checks, paths,
+    Error, KernelChoice, Options, Paths, Result, ToolboxChoice, checks, paths,
     process::on_path,
     progress::{self, Progress},
     versions::VERSIONS,
@@ -27,7 +31,7 @@ pub struct Setup {
     pub toolbox: Toolbox,
     /// The guest's kernel.
     pub kernel: Kernel,
-    _lock: Option<Lock>,
+    _locks: Vec<Lock>,
 }
 
 /// Makes what is missing and returns all of it.
@@ -43,11 +47,10 @@ pub fn ensure(options: &Options, paths: &Paths) -> Result<Setup> {
     }
     if options.toolbox == ToolboxChoice::Host {
         checks::host_fits(options)?;
-        let kernel = kernel::find(options, &Toolbox::Host, Path::new(""))?;
         return Ok(Setup {
             toolbox: Toolbox::Host,
-            kernel,
-            _lock: None,
+            kernel: kernel_on_host(options)?,
+            _locks: Vec::new(),
         });
     }
     let toolbox_step = toolbox::step(&paths.cache);
@@ -67,12 +70,44 @@ pub fn ensure(options: &Options, paths: &Paths) -> Result<Setup> {
         }
     };
     toolbox::check_namespaces()?;
-    let kernel = kernel::find(options, &toolbox, kernel_step.folder())?;
+    let debug = Debug::new(&paths.cache, &toolbox_step);
+    let with_llvm = |need| -> Result<(Toolbox, Vec<Lock>)> {
+        let debugs = debug.ensure(need, toolbox_step.folder(), paths)?;
+        Ok((debug.toolbox(), vec![debugs]))
+    };
+    let (kernel, (toolbox, mut locks)) = match &options.kernel {
+        KernelChoice::Stock => (kernel::stock(kernel_step.folder())?, (toolbox, Vec::new())),
+        KernelChoice::Debug => {
+            let made = with_llvm(Need::Kernel)?;
+            (debug.kernel()?, made)
+        }
+        KernelChoice::Folder(folder) => {
+            let kernel = kernel::own(folder)?;
+            let made = match kernel.compiler {
+                Compiler::Gcc(_) => (toolbox, Vec::new()),
+                Compiler::Llvm => with_llvm(Need::Llvm)?,
+            };
+            (kernel, made)
+        }
+    };
+    locks.push(lock);
     Ok(Setup {
         toolbox,
         kernel,
-        _lock: Some(lock),
+        _locks: locks,
     })
+}
+
+/// The kernel that the options ask for, where this machine is the toolbox.
+pub(crate) fn kernel_on_host(options: &Options) -> Result<Kernel> {
+    match &options.kernel {
+        KernelChoice::Stock => kernel::on_host(),
+        KernelChoice::Folder(folder) => kernel::own(folder),
+        KernelChoice::Debug => Err(Error::unfit(
+            "the debug kernel is built with the Debian toolbox's compilers",
+            "use --toolbox debian, or build one with the options in qemu-scripts/debug.config and name its folder with --kernel",
+        )),
+    }
 }
 
 fn fill(toolbox_step: &Step, kernel_step: &Step, toolbox: &Toolbox, paths: &Paths) -> Result<()> {
@@ -85,7 +120,7 @@ fn fill(toolbox_step: &Step, kernel_step: &Step, toolbox: &Toolbox, paths: &Path
         }
     }
     toolbox::check_namespaces()?;
-    check_space(&paths.cache)?;
+    check_space(&paths.cache, VERSIONS.space.needed_mib)?;
     progress::note(&format!(
         "set-up fills {} once; it takes a few minutes",
         paths.cache.display()
@@ -106,21 +141,19 @@ fn fill(toolbox_step: &Step, kernel_step: &Step, toolbox: &Toolbox, paths: &Path
     paths::remove(apt.folder())
 }
 
-/// Free space where the cache is, and what a set-up from nothing needs, in MiB.
-pub(crate) fn space(cache: &Path) -> Result<(u64, u64)> {
+/// Free space where the cache is, in MiB.
+fn space(cache: &Path) -> Result<u64> {
     let existing = cache
         .ancestors()
         .find(|folder| folder.exists())
         .unwrap_or(Path::new("/"));
     let space = rustix::fs::statvfs(existing).map_err(Error::io(existing.display().to_string()))?;
-    Ok((
-        space.f_bavail.saturating_mul(space.f_frsize) >> 20,
-        VERSIONS.space.needed_mib,
-    ))
+    Ok(space.f_bavail.saturating_mul(space.f_frsize) >> 20)
 }
 
-fn check_space(cache: &Path) -> Result<()> {
-    let (free, needed) = space(cache)?;
+/// Is there room for what is to be made?
+fn check_space(cache: &Path, needed: u64) -> Result<()> {
+    let free = space(cache)?;
     if free >= needed {
         return Ok(());
     }
@@ -133,9 +166,19 @@ fn check_space(cache: &Path) -> Result<()> {
     ))
 }
 
-/// Are toolbox and kernel there and up to date?
-#[must_use]
-pub fn is_done(paths: &Paths) -> bool {
+/// Is toolbox and kernel there? If not, is there room for them?
+pub(crate) fn check(options: &Options, paths: &Paths) -> Result<bool> {
     let toolbox = toolbox::step(&paths.cache);
-    toolbox.is_done() && kernel::step(&paths.cache, &toolbox).is_done()
+    let base = toolbox.is_done() && kernel::step(&paths.cache, &toolbox).is_done();
+    let debug = options.kernel != KernelChoice::Debug
+        || Debug::new(&paths.cache, &toolbox).is_done(Need::Kernel);
+    let needed = [
+        (base, VERSIONS.space.needed_mib),
+        (debug, VERSIONS.debug_kernel.needed_mib),
+    ]
+    .iter()
+    .filter_map(|(done, needed)| (!done).then_some(*needed))
+    .sum();
+    check_space(&paths.cache, needed)?;
+    Ok(base && debug)
 }

@@ -4,6 +4,7 @@
 //! A step fills one folder. Its stamp is a file in that folder, written last and in one piece, that holds everything the
 //! result depends on, as text. A folder without the stamp, or with another one, is thrown away and filled anew: so an
 //! interrupted step and a stale one are the same case, and a look at the stamp says what the folder was made from.
+//! A step that takes long can go on where it stopped: it keeps a folder that was begun with the same stamp.
 //!
 //! Lock: whoever uses the cache holds it shared for as long as it lives, whoever fills it holds it alone.
 
@@ -17,6 +18,9 @@ use rustix::fs::{FlockOperation, flock};
 use crate::{Error, Result, paths, progress};
 
 const STAMP: &str = ".stamp";
+
+/// What a step that can go on has begun with.
+const BEGUN: &str = ".begun";
 
 /// A folder and what its content is made from.
 #[derive(Debug, Clone)]
@@ -42,7 +46,11 @@ impl Step {
     }
 
     pub(crate) fn is_done(&self) -> bool {
-        fs::read_to_string(self.folder.join(STAMP)).is_ok_and(|stamp| stamp == self.stamp)
+        self.is_in(STAMP)
+    }
+
+    fn is_in(&self, file: &str) -> bool {
+        fs::read_to_string(self.folder.join(file)).is_ok_and(|stamp| stamp == self.stamp)
     }
 
     /// Fills the folder anew, unless it is as it should be.
@@ -50,12 +58,35 @@ impl Step {
         if self.is_done() {
             return Ok(());
         }
-        // The stamp goes first, so that a removal that is interrupted leaves no folder that looks whole.
-        paths::remove(&self.folder.join(STAMP))?;
-        paths::remove(&self.folder)?;
-        paths::create_dir(&self.folder)?;
+        self.empty()?;
         fill(&self.folder)?;
-        paths::write_atomically(&self.folder.join(STAMP), self.stamp.as_bytes())
+        self.write_to(STAMP)
+    }
+
+    /// The same for a filling that can go on where an earlier one with the same stamp stopped.
+    pub(crate) fn ensure_going_on(&self, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        if self.is_done() {
+            return Ok(());
+        }
+        if !self.is_in(BEGUN) {
+            self.empty()?;
+            self.write_to(BEGUN)?;
+        }
+        fill(&self.folder)?;
+        paths::remove(&self.folder.join(BEGUN))?;
+        self.write_to(STAMP)
+    }
+
+    fn empty(&self) -> Result<()> {
+        // What says that the folder is worth something goes first, for a removal that is interrupted.
+        paths::remove(&self.folder.join(STAMP))?;
+        paths::remove(&self.folder.join(BEGUN))?;
+        paths::remove(&self.folder)?;
+        paths::create_dir(&self.folder)
+    }
+
+    fn write_to(&self, file: &str) -> Result<()> {
+        paths::write_atomically(&self.folder.join(file), self.stamp.as_bytes())
     }
 }
 
@@ -155,6 +186,39 @@ mod tests {
         assert!(!step.is_done());
         assert_eq!(fill_counting(&step), 1);
         assert!(!step.folder().join("half").exists());
+    }
+
+    fn go_on(step: &Step, name: &str, end: Result<()>) -> bool {
+        let went_on = |folder: &Path| {
+            fs::write(folder.join(name), "x").map_err(Error::io("content"))?;
+            end
+        };
+        step.ensure_going_on(went_on).is_ok()
+    }
+
+    #[test]
+    fn step_that_can_go_on_keeps_what_an_interrupted_one_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let step = Step::new(folder.path().join("step"), &["a"]);
+        assert!(!go_on(&step, "half", Err(Error::vm("interrupted"))));
+        assert!(!step.is_done());
+        assert!(go_on(&step, "rest", Ok(())));
+        assert!(step.is_done());
+        assert!(step.folder().join("half").exists() && step.folder().join("rest").exists());
+    }
+
+    #[test]
+    fn step_that_can_go_on_starts_anew_with_another_input() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("step");
+        assert!(!go_on(
+            &Step::new(path.clone(), &["a"]),
+            "half",
+            Err(Error::vm("interrupted"))
+        ));
+        let other = Step::new(path, &["b"]);
+        assert!(go_on(&other, "rest", Ok(())));
+        assert!(!other.folder().join("half").exists());
     }
 
     #[test]

@@ -150,11 +150,7 @@ pub(crate) fn fill(root: &Path, apt: &Apt, log: &Path) -> Result<()> {
     }
     let toolbox = Toolbox::Debian(root.to_path_buf());
     check_rustc(&toolbox)?;
-    check_qemu(&toolbox)?;
-    for archive in archives {
-        paths::remove(&archive)?;
-    }
-    Ok(())
+    check_qemu(&toolbox).map(drop)
 }
 
 /// Is rustc the one that the kernel was built with?
@@ -242,8 +238,8 @@ pub fn check_namespaces() -> Result<()> {
     })
 }
 
-/// Unpacks archives with two of them under way at a time.
-fn unpack_all(archives: &[PathBuf], root: &Path, log: &Path) -> Result<()> {
+/// Unpacks archives with two of them under way at a time, and removes them.
+pub(crate) fn unpack_all(archives: &[PathBuf], root: &Path, log: &Path) -> Result<()> {
     let queue = Mutex::new(archives.iter());
     let failed = AtomicBool::new(false);
     let work = || -> Result<()> {
@@ -270,7 +266,10 @@ fn unpack_all(archives: &[PathBuf], root: &Path, log: &Path) -> Result<()> {
             .join()
             .unwrap_or_else(|_| Err(Error::vm("the thread that unpacks packages panicked")));
         mine.and(other)
-    })
+    })?;
+    archives
+        .iter()
+        .try_for_each(|archive| paths::remove(archive))
 }
 
 /// Unpacks one archive, `tar`'s further arguments deciding what of it.

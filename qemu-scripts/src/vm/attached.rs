@@ -38,7 +38,7 @@ const PASSED_ON: [&str; 4] = ["NO_COLOR", "CLICOLOR_FORCE", "COLORTERM", "TERM"]
 /// How a program is attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attach {
-    /// Its output is shown; it must end within this time.
+    /// Its output is shown; it must end within this time (and more on a kernel that is slow).
     Output(Duration),
     /// It has the keyboard too, and all the time it wants.
     Keyboard,
@@ -114,6 +114,7 @@ impl Vm {
                 return Ok(Output::default());
             }
             if let Attach::Output(limit) = how {
+                let limit = self.limit(limit);
                 if start.elapsed() >= limit {
                     return Err(Error::Timeout {
                         what: format!("the end of {process:?}"),

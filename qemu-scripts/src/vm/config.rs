@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use crate::vm::KnownReport;
+
 /// A VM to boot. `Config { name: …, ..Config::default() }` is one with one GPU and the driver loaded.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -24,8 +26,10 @@ pub struct Config {
     pub spare_slots: usize,
     /// Further words for the kernel's command line.
     pub kernel_args: Vec<String>,
-    /// How long it may take until the guest is up.
+    /// How long it may take until the guest is up; a kernel that is slow has more.
     pub boot_limit: Duration,
+    /// Reports of the kernel's own bugs, which are no failure here.
+    pub known_reports: &'static [KnownReport],
     /// The command that runs the same again; `cargo xtask test NAME` if there is none.
     pub repeat: Option<String>,
 }
@@ -35,6 +39,8 @@ pub struct Config {
 pub enum Driver {
     /// It is loaded, with these parameters.
     Load(Vec<String>),
+    /// The kernel's mock device is loaded instead, where the guest has it.
+    Mock,
     /// Nothing.
     None,
 }
@@ -52,6 +58,7 @@ impl Default for Config {
             spare_slots: 0,
             kernel_args: Vec::new(),
             boot_limit: Duration::from_secs(120),
+            known_reports: &[],
             repeat: None,
         }
     }

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{Error, Result};
+use crate::{Error, Result, progress};
 
 /// Texts with which the kernel reports that something went wrong in it. Each is how its source prints it.
 const SPLATS: [&str; 22] = [
@@ -39,16 +39,48 @@ const SPLATS: [&str; 22] = [
 const LINES_BEFORE: usize = 3;
 const LINES_AFTER: usize = 40;
 
+/// The line that KASAN puts before and after a report.
+const KASAN_RULE: &str = "==================";
+
+/// A report of KASAN that is known to be about a bug of the kernel itself, named by what the bad access was called from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownReport {
+    /// What the report's first line contains.
+    pub title: &'static str,
+    /// Functions of the access's stack, innermost first; others may be in between.
+    pub frames: &'static [&'static str],
+}
+
+impl KnownReport {
+    /// Is it this one?
+    fn is(&self, report: &[&str]) -> bool {
+        let mut stack = report
+            .iter()
+            .skip_while(|line| !line.contains("Call Trace:"))
+            .take_while(|line| !line.contains("</TASK>"));
+        report.first().is_some_and(|line| line.contains(self.title))
+            && self
+                .frames
+                .iter()
+                .all(|frame| stack.any(|line| line.contains(&format!(" {frame}+"))))
+    }
+}
+
 /// The console's file, and how much of it has been looked at.
 #[derive(Debug)]
 pub(crate) struct Console {
     path: PathBuf,
     seen: u64,
+    known: &'static [KnownReport],
 }
 
 impl Console {
-    pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path, seen: 0 }
+    pub(crate) fn new(path: PathBuf, known: &'static [KnownReport]) -> Self {
+        Self {
+            path,
+            seen: 0,
+            known,
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -68,7 +100,7 @@ impl Console {
             .rfind('\n')
             .map_or("", |end| text.get(..=end).unwrap_or_default());
         self.seen += complete.len() as u64;
-        Ok(find_splat(complete))
+        Ok(find_splat(complete, self.known))
     }
 
     fn read_from(&self, from: u64) -> Result<(String, u64)> {
@@ -93,11 +125,27 @@ impl Console {
     }
 }
 
-fn find_splat(text: &str) -> Option<String> {
+fn find_splat(text: &str, known: &[KnownReport]) -> Option<String> {
     let lines: Vec<&str> = text.lines().collect();
-    let first = lines
-        .iter()
-        .position(|line| SPLATS.iter().any(|splat| line.contains(splat)))?;
+    let mut from = 0;
+    let first = loop {
+        let rest = lines.get(from..)?;
+        let first = from
+            + rest
+                .iter()
+                .position(|line| SPLATS.iter().any(|splat| line.contains(splat)))?;
+        let report = lines.get(first..)?;
+        let length = report.iter().position(|line| line.contains(KASAN_RULE));
+        match length.and_then(|length| report.get(..length)) {
+            Some(report) if known.iter().any(|known| known.is(report)) => {
+                progress::note(
+                    "the kernel reports a bug of its own that is known (docs/kernel-findings.md)",
+                );
+                from = first + report.len();
+            }
+            _ => break first,
+        }
+    };
     let around = lines
         .iter()
         .skip(first.saturating_sub(LINES_BEFORE))
@@ -120,7 +168,7 @@ mod tests {
     fn find_splat_in_an_ordinary_boot_finds_nothing() {
         let text = "[    0.5] Linux version 7.2.12\n[    1.0] farfault: loading out-of-tree module taints kernel.\n\
                     [    1.1] farfault 0000:01:00.0: 32 MiB of VRAM\n";
-        assert_eq!(find_splat(text), None);
+        assert_eq!(find_splat(text, &[]), None);
     }
 
     #[test]
@@ -138,7 +186,7 @@ mod tests {
             "[ 1.0] rust_kernel: panicked at main.rs:1:2:",
         ] {
             let text = format!("before\n{line}\nafter\n");
-            let splat = find_splat(&text).unwrap_or_else(|| panic!("nothing found in {line}"));
+            let splat = find_splat(&text, &[]).unwrap_or_else(|| panic!("nothing found in {line}"));
             assert!(splat.contains("before") && splat.contains(line) && splat.contains("after"));
         }
     }
@@ -146,7 +194,7 @@ mod tests {
     #[test]
     fn new_splat_reports_each_splat_once_and_waits_for_whole_lines() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        let mut console = Console::new(file.path().to_path_buf());
+        let mut console = Console::new(file.path().to_path_buf(), &[]);
         file.write_all(b"\xff fine\n[ 1.0] WARN").unwrap();
         assert_eq!(console.new_splat().unwrap(), None);
         file.write_all(b"ING: CPU: 0\n").unwrap();

@@ -22,7 +22,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use farfault_init::{DRIVER_PATH, Request};
+use farfault_init::{DRIVER_PATH, MOCK_PATH, Request};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::Signal,
@@ -33,6 +33,7 @@ use tempfile::TempDir;
 pub use agent::{GuestProcess, Output};
 pub use attached::Attach;
 pub use config::{Config, Driver};
+pub use console::KnownReport;
 pub use gpu::Gpu;
 pub use qmp::Qmp;
 
@@ -69,6 +70,7 @@ pub struct Vm {
     sockets: TempDir,
     config: Config,
     device: std::path::PathBuf,
+    slowness: u32,
 }
 
 #[derive(Debug)]
@@ -133,10 +135,11 @@ impl Vm {
             spare_slots: config.spare_slots,
         });
         let mut qemu = Qemu::start(&line, log)?;
-        let deadline = Instant::now() + config.boot_limit;
+        let slowness = prepared.setup.kernel.slowness;
+        let deadline = Instant::now() + config.boot_limit * slowness;
         let qmp = Qmp::new(connection(&qmp, deadline, &mut qemu)?)?;
         let agent = Agent::new(connection(&agent, deadline, &mut qemu)?)?;
-        let console = Console::new(console);
+        let console = Console::new(console, config.known_reports);
         let device = prepared.artifacts.device.clone();
         let mut vm = Self {
             qemu,
@@ -148,6 +151,7 @@ impl Vm {
             sockets,
             config: config.clone(),
             device,
+            slowness,
         };
         vm.wait_for_boot(0)?;
         Ok(vm)
@@ -321,9 +325,9 @@ impl Vm {
         let id = gpu_id(index);
         self.qmp.execute("device_del", &json!({"id": id}))?;
         let is_it = |data: &serde_json::Value| data.get("device") == Some(&json!(id));
-        let deleted = self
-            .qmp
-            .wait_for_event("DEVICE_DELETED", UNPLUG_LIMIT, is_it);
+        let deleted =
+            self.qmp
+                .wait_for_event("DEVICE_DELETED", UNPLUG_LIMIT * self.slowness, is_it);
         deleted.map_err(|error| self.explain(error))?;
         self.qmp
             .execute("chardev-remove", &json!({"id": gpu_chardev(index)}))?;
@@ -368,13 +372,14 @@ impl Vm {
             gpu.expect_end();
         }
         self.agent.send(&Request::PowerOff)?;
-        let deadline = Instant::now() + POWER_OFF_LIMIT;
+        let limit = self.limit(POWER_OFF_LIMIT);
+        let deadline = Instant::now() + limit;
         let status =
             wait_until(&mut self.qemu.child, deadline).map_err(Error::io("waiting for QEMU"))?;
         let Some(status) = status else {
             let error = Error::Timeout {
                 what: "the guest's power-off".into(),
-                limit: POWER_OFF_LIMIT,
+                limit,
                 details: String::new(),
             };
             return Err(self.explain(error));
@@ -397,16 +402,26 @@ impl Vm {
 
     fn wait_for_boot(&mut self, boots: u32) -> Result<()> {
         self.agent
-            .wait_for_boot(boots, self.config.boot_limit)
+            .wait_for_boot(boots, self.limit(self.config.boot_limit))
             .map_err(|error| self.explain(error))?;
-        if let Driver::Load(parameters) = &self.config.driver {
-            let mut argv = vec!["insmod".to_owned(), DRIVER_PATH.to_owned()];
-            argv.extend(parameters.iter().cloned());
-            self.run(&argv, LOAD_LIMIT)?
+        let load = match &self.config.driver {
+            Driver::Load(parameters) => Some((DRIVER_PATH, parameters.clone())),
+            Driver::Mock => Some((MOCK_PATH, Vec::new())),
+            Driver::None => None,
+        };
+        if let Some((module, parameters)) = load {
+            let mut argv = vec!["insmod".to_owned(), module.to_owned()];
+            argv.extend(parameters);
+            self.run(&argv, self.limit(LOAD_LIMIT))?
                 .expect_success()
                 .map_err(|error| self.explain(error))?;
         }
         Ok(())
+    }
+
+    /// A time limit for the kernel that runs.
+    fn limit(&self, limit: Duration) -> Duration {
+        limit * self.slowness
     }
 
     fn check_processes(&mut self) -> Result<()> {

@@ -40,7 +40,7 @@ pub(crate) enum After {
 /// The VM of the last case, and what is needed to boot another.
 #[derive(Default)]
 pub(crate) struct Machines {
-    prepared: OnceLock<Result<(Prepared, u32), String>>,
+    prepared: OnceLock<Result<Prepared, String>>,
     state: Mutex<State>,
 }
 
@@ -83,13 +83,10 @@ impl Machine {
 
 impl Machines {
     /// Tools, kernel, driver and programs, made or found once.
-    fn prepared(&self) -> Result<&(Prepared, u32)> {
+    fn prepared(&self) -> Result<&Prepared> {
         let prepare = || {
             let options = Options::from_env().map_err(|error| error.to_string())?;
-            // A kernel of one's own is there for its debugging options, which make it slow.
-            let slowness = if options.kernel.is_some() { 6 } else { 1 };
-            let prepared = Prepared::new(&options).map_err(|error| error.to_string())?;
-            Ok((prepared, slowness))
+            Prepared::new(&options).map_err(|error| error.to_string())
         };
         let prepared = self.prepared.get_or_init(prepare);
         prepared
@@ -99,7 +96,9 @@ impl Machines {
 
     /// A time limit, for the kernel that runs.
     pub(crate) fn limit(&self, limit: Duration) -> Duration {
-        let slowness = self.prepared().map_or(1, |(_, slowness)| *slowness);
+        let slowness = self
+            .prepared()
+            .map_or(1, |prepared| prepared.setup.kernel.slowness);
         limit * slowness
     }
 
@@ -121,7 +120,7 @@ impl Machines {
         };
         let mut vm = match last {
             Some(vm) => vm,
-            None => Vm::boot(&self.prepared()?.0, &machine.config()).context("booting a VM")?,
+            None => Vm::boot(self.prepared()?, &machine.config()).context("booting a VM")?,
         };
         state.cases_run += 1;
         // From here on an error, or a panic, drops the VM: that ends it and keeps its logs.
