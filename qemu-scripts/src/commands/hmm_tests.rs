@@ -70,8 +70,6 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
         config.driver = Driver::Mock;
         config.gpus = 0;
         config.known_reports = KNOWN_WITH_MOCK;
-        // Or what is known would hide what comes after it.
-        config.kernel_args = vec!["kasan_multi_shot".to_owned()];
     }
     let prepared = Prepared::with(options, Extra::Suite)?;
     let mut vm = Vm::boot(&prepared, &config)?;

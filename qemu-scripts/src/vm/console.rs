@@ -57,7 +57,9 @@ impl KnownReport {
         let mut stack = report
             .iter()
             .skip_while(|line| !line.contains("Call Trace:"))
-            .take_while(|line| !line.contains("</TASK>"));
+            .take_while(|line| !line.contains("</TASK>"))
+            // What the kernel only found on the stack on its way.
+            .filter(|line| !line.contains(" ? "));
         report.first().is_some_and(|line| line.contains(self.title))
             && self
                 .frames
@@ -188,6 +190,58 @@ mod tests {
             let text = format!("before\n{line}\nafter\n");
             let splat = find_splat(&text, &[]).unwrap_or_else(|| panic!("nothing found in {line}"));
             assert!(splat.contains("before") && splat.contains(line) && splat.contains("after"));
+        }
+    }
+
+    const KNOWN: &[KnownReport] = &[KnownReport {
+        title: "BUG: KASAN: slab-use-after-free in",
+        frames: &["walk", "remove", "finalize"],
+    }];
+
+    fn report(title: &str, frames: &[&str]) -> String {
+        let stack: String = frames
+            .iter()
+            .map(|frame| format!("[ 1.0]  {frame}+0x1/0x2\n"))
+            .collect();
+        format!(
+            "{KASAN_RULE}\n[ 1.0] {title} walk+0x1/0x2\n[ 1.0] Call Trace:\n[ 1.0]  <TASK>\n{stack}\
+             [ 1.0]  </TASK>\n\nFreed by task 7:\n  finalize+0x1/0x2\n{KASAN_RULE}\n"
+        )
+    }
+
+    #[test]
+    fn find_splat_of_a_known_report_finds_what_comes_after_it() {
+        let known = report(
+            "BUG: KASAN: slab-use-after-free in",
+            &["kasan_report", "walk", "? other", "remove", "finalize"],
+        );
+        assert_eq!(find_splat(&known, KNOWN), None);
+        assert!(find_splat(&known, &[]).is_some());
+        let more = format!("{known}[ 2.0] WARNING: CPU: 0\n");
+        assert!(
+            find_splat(&more, KNOWN)
+                .unwrap()
+                .contains("WARNING: CPU: 0")
+        );
+    }
+
+    #[test]
+    fn find_splat_of_a_report_that_only_resembles_a_known_one_finds_it() {
+        for (title, frames) in [
+            (
+                "BUG: KASAN: slab-use-after-free in",
+                ["walk", "remove", "? finalize"],
+            ),
+            (
+                "BUG: KASAN: slab-use-after-free in",
+                ["remove", "walk", "finalize"],
+            ),
+            (
+                "BUG: KASAN: wild-memory-access in",
+                ["walk", "remove", "finalize"],
+            ),
+        ] {
+            assert!(find_splat(&report(title, &frames), KNOWN).is_some());
         }
     }
 
