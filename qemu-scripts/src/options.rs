@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What every command understands, from the command line or the environment.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, Parser, ValueEnum};
 
@@ -87,15 +90,20 @@ impl From<OsString> for KernelChoice {
 }
 
 impl KernelChoice {
-    /// As the command line reads it.
-    #[must_use]
-    pub fn as_path(&self) -> PathBuf {
+    /// As the command line of a process in any folder reads it.
+    fn as_argument(&self) -> PathBuf {
         match self {
             Self::Stock => "stock".into(),
             Self::Debug => "debug".into(),
-            Self::Folder(folder) => folder.clone(),
+            Self::Folder(folder) => from_anywhere(folder),
         }
     }
+}
+
+/// A path that a process with another working folder understands too.
+fn from_anywhere(path: &Path) -> PathBuf {
+    // It fails for an empty path only, and that means nothing anywhere.
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 
 impl Options {
@@ -127,9 +135,47 @@ impl Options {
                 name(&|| self.toolbox.to_possible_value()),
             ),
             ("FARFAULT_ACCEL", name(&|| self.accel.to_possible_value())),
-            ("FARFAULT_KERNEL", self.kernel.as_path()),
+            ("FARFAULT_KERNEL", self.kernel.as_argument()),
         ];
-        variables.extend(self.cache.clone().map(|folder| ("FARFAULT_CACHE", folder)));
+        variables.extend(
+            self.cache
+                .as_deref()
+                .map(|folder| ("FARFAULT_CACHE", from_anywhere(folder))),
+        );
         variables
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(arguments: &[&str]) -> Options {
+        #[derive(Parser)]
+        struct OnlyOptions {
+            #[command(flatten)]
+            options: Options,
+        }
+        let line = ["xtask"].iter().chain(arguments);
+        OnlyOptions::try_parse_from(line).unwrap().options
+    }
+
+    #[test]
+    fn kernel_choice_of_a_name_is_that_kernel_and_of_anything_else_a_folder() {
+        assert_eq!(options(&["--kernel", "stock"]).kernel, KernelChoice::Stock);
+        assert_eq!(options(&["--kernel", "debug"]).kernel, KernelChoice::Debug);
+        assert_eq!(
+            options(&["--kernel", "./debug"]).kernel,
+            KernelChoice::Folder("./debug".into())
+        );
+    }
+
+    #[test]
+    fn to_env_of_a_relative_folder_holds_in_every_folder() {
+        let variables = options(&["--kernel", "build", "--cache", "cache"]).to_env();
+        for (name, value) in [("FARFAULT_KERNEL", "build"), ("FARFAULT_CACHE", "cache")] {
+            let wanted = std::env::current_dir().unwrap().join(value);
+            assert!(variables.contains(&(name, wanted)), "{variables:?}");
+        }
     }
 }

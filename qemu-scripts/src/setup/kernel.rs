@@ -185,7 +185,12 @@ pub(crate) fn stock(folder: &Path) -> Result<Kernel> {
 
 /// A kernel that somebody has built in this folder.
 pub(crate) fn own(build: &Path) -> Result<Kernel> {
-    let build = fs::canonicalize(build).map_err(Error::io(build.display().to_string()))?;
+    let build = fs::canonicalize(build).map_err(|error| {
+        Error::unfit(
+            format!("the kernel's build folder {}: {error}", build.display()),
+            "--kernel stock, --kernel debug, or --kernel with the folder in which a kernel was built",
+        )
+    })?;
     let mut hasher = DefaultHasher::new();
     build.hash(&mut hasher);
     let name = format!("own-{:016x}", hasher.finish());
