@@ -108,7 +108,7 @@ pub struct TlbEntry {
 pub struct Vram {
     /// Bytes in all.
     pub size: u64,
-    /// Bytes of blocks written to since they were last given back whole.
+    /// Bytes of blocks written to since the last reset.
     pub written: u64,
     /// These blocks, as (first byte, bytes).
     pub runs: Vec<(u64, u64)>,

@@ -16,6 +16,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemor
 /// Bytes that a bulk operation holds in its hands at a time; a multiple of 8.
 const BUFFER: usize = 4096;
 
+static ZEROES: [u8; BUFFER] = [0; BUFFER];
+
 /// Both memories, for as long as one operation takes.
 #[derive(Clone, Copy)]
 pub(crate) struct Memory<'a> {
@@ -27,6 +29,15 @@ pub(crate) struct Memory<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct NoMemory {
     pub(crate) offset: u64,
+}
+
+impl NoMemory {
+    /// The same place, where the operand begins so many bytes earlier.
+    fn behind(self, bytes: u64) -> Self {
+        Self {
+            offset: self.offset + bytes,
+        }
+    }
 }
 
 /// Which end of a copy is wrong.
@@ -110,30 +121,39 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// Repeats a word over runs. Zeroes give VRAM back to the host where that is worth it.
+    /// Repeats a word over runs.
     pub(crate) fn fill(self, to: &'a [Target], pattern: u64) -> Result<(), NoMemory> {
+        if pattern == 0 {
+            return self.zero(to);
+        }
         let mut buffer = [0; BUFFER];
         for word in buffer.chunks_exact_mut(8) {
             word.copy_from_slice(&pattern.to_le_bytes());
         }
         let mut done = 0;
         for run in to {
-            let failed_after = |NoMemory { offset }| NoMemory {
-                offset: done + offset,
-            };
-            match (run.at, pattern) {
-                (Location::Vram(at), 0) => {
-                    let (before, after) = self
-                        .vram
-                        .punch_hole(at, run.length)
-                        .unwrap_or((run.length, 0));
-                    let end = advance(run.at, run.length - after);
-                    self.store(run.at, before, &buffer).map_err(failed_after)?;
-                    self.store(end, after, &buffer).map_err(failed_after)?;
+            self.store(*run, &buffer).map_err(|at| at.behind(done))?;
+            done += run.length;
+        }
+        Ok(())
+    }
+
+    /// Zeroes runs. Nothing is stored where VRAM was never used.
+    fn zero(self, to: &'a [Target]) -> Result<(), NoMemory> {
+        let mut done = 0;
+        for run in to {
+            match run.at {
+                Location::Vram(at) => {
+                    for (part, length) in self.vram.written_parts(at, run.length) {
+                        let offset = part.get() - at.get();
+                        let at = Location::Vram(part);
+                        self.store(Target { at, length }, &ZEROES)
+                            .map_err(|at| at.behind(done + offset))?;
+                    }
                 }
-                _ => self
-                    .store(run.at, run.length, &buffer)
-                    .map_err(failed_after)?,
+                Location::System(_) => {
+                    self.store(*run, &ZEROES).map_err(|at| at.behind(done))?;
+                }
             }
             done += run.length;
         }
@@ -228,8 +248,8 @@ impl<'a> Memory<'a> {
     }
 
     /// Stores the buffer over and over.
-    fn store(self, at: Location, length: u64, buffer: &[u8; BUFFER]) -> Result<(), NoMemory> {
-        let run = [Target { at, length }];
+    fn store(self, to: Target, buffer: &[u8; BUFFER]) -> Result<(), NoMemory> {
+        let run = [to];
         let memory: Memory<'_> = self;
         let mut cursor = Cursor::new(memory, &run, true);
         // Where pieces of RAM meet, the pattern goes on at the word where it stopped: regions

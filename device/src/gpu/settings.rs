@@ -16,8 +16,6 @@ pub(crate) const MAX_PARKED_PER_CALL: u32 = 64;
 /// After so many works, waves whose fault found no buffer try again even if there is other work, as
 /// there may always be.
 pub(crate) const WORKS_BETWEEN_RETRIES: u32 = 64;
-/// Zeroes over at least as many bytes of VRAM give the memory back to the host.
-pub(crate) const MIN_HOLE: u64 = 64 << 10;
 
 /// The limits that the configuration space announces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,21 +1,31 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! VRAM: one anonymous mapping that costs nothing until it is used (manual, chapter 1).
 //!
-//! This is the GPU's only file with `unsafe`: it gives pages back to the host, which vm-memory has
-//! no call for. It knows nothing of who owns which byte. There are no locks: every access is
-//! volatile or atomic, by any thread.
-#![allow(unsafe_code, reason = "madvise, to give pages back to the host")]
+//! The host is asked for huge pages: memory that is used for the first time then costs one page
+//! fault of the host for 2 MiB. What was used stays until the reset: what the guest zeroes it is
+//! about to use, and giving that back would cost all these faults anew.
+//!
+//! This is the GPU's only file with `unsafe`: it gives the host advice, which vm-memory has no call
+//! for. It knows nothing of who owns which byte. There are no locks: every access is volatile or
+//! atomic, by any thread.
+#![allow(
+    unsafe_code,
+    reason = "madvise: huge pages, and pages given back to the host"
+)]
 
-use super::settings::{MIN_HOLE, NewError};
+use super::settings::NewError;
 use farfault_protocol::address::{HUGE_PAGE_SHIFT, HUGE_PAGE_SIZE, VramAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    io,
+    sync::atomic::{AtomicU64, Ordering},
+};
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 /// The device's memory.
 #[derive(Debug)]
 pub struct Vram {
     region: MmapRegion,
-    /// A bit for each 2 MiB that was written to since it was last given back whole.
+    /// A bit for each 2 MiB that was written to since the last reset.
     written: Vec<AtomicU64>,
 }
 
@@ -30,6 +40,8 @@ impl Vram {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let region = MmapRegion::build(None, bytes, protection, flags)
             .map_err(|source| NewError::Reserve { size, source })?;
+        advise(&region, libc::MADV_HUGEPAGE)
+            .unwrap_or_else(|error| log::debug!("VRAM will have no huge pages: {error}"));
         let words = (size >> HUGE_PAGE_SHIFT).div_ceil(64);
         let written = (0..words).map(|_| AtomicU64::new(0)).collect();
         Ok(Self { region, written })
@@ -84,7 +96,7 @@ impl Vram {
         }
     }
 
-    /// Numbers of the 2 MiB blocks that were written to since they were last given back whole.
+    /// Numbers of the 2 MiB blocks that were written to since the last reset.
     pub fn written_blocks(&self) -> impl Iterator<Item = u64> + '_ {
         self.written.iter().zip(0u64..).flat_map(|(word, index)| {
             let bits = word.load(Ordering::Relaxed);
@@ -94,50 +106,54 @@ impl Vram {
         })
     }
 
-    /// Zeroes memory by giving it back to the host, as far as that is worth it: returns the bytes
-    /// before and after, which are the caller's to zero. `None` if there is nothing to give back.
-    pub fn punch_hole(&self, at: VramAddr, length: u64) -> Option<(u64, u64)> {
-        let end = at.get().checked_add(length)?;
-        let hole_start = at.get().checked_next_multiple_of(MIN_HOLE)?;
-        let hole_end = end - end % MIN_HOLE;
-        if hole_end <= hole_start || !self.contains(at, length) {
-            return None;
-        }
-        if !self.discard(hole_start, hole_end - hole_start) {
-            return None;
-        }
-        Some((hole_start - at.get(), end - hole_end))
+    /// The parts of a range that need not be zero: those in blocks that were written to.
+    pub fn written_parts(
+        &self,
+        at: VramAddr,
+        length: u64,
+    ) -> impl Iterator<Item = (VramAddr, u64)> + '_ {
+        let end = at.get().saturating_add(length);
+        let mut next = at.get();
+        std::iter::from_fn(move || {
+            let start = next;
+            next = end.min((start | (HUGE_PAGE_SIZE - 1)).saturating_add(1));
+            (start < end).then_some((start, next - start))
+        })
+        .filter(|(start, _)| self.is_written(start >> HUGE_PAGE_SHIFT))
+        .map(|(start, length)| (VramAddr::new(start), length))
     }
 
-    /// Zeroes all of it.
+    fn is_written(&self, block: u64) -> bool {
+        let word = self.written.get((block / 64) as usize);
+        // What is outside of VRAM is found out where it is stored to.
+        word.is_none_or(|word| word.load(Ordering::Relaxed) >> (block % 64) & 1 != 0)
+    }
+
+    /// Zeroes all of it, by giving it back to the host.
     pub fn clear(&self) {
-        if !self.discard(0, self.size()) {
-            log::error!("VRAM was not given back to the host at reset: zeroing it by hand");
+        if let Err(error) = advise(&self.region, libc::MADV_DONTNEED) {
+            log::error!("VRAM is zeroed by hand, as the host does not take it back: {error}");
             if let Some(all) = self.slice(VramAddr::new(0), self.size()) {
                 zero_by_hand(&all);
             }
         }
-    }
-
-    /// Gives `[start, start + length)` back, both multiples of [`MIN_HOLE`] and inside VRAM, which
-    /// reads as zero then. Whether the host took it.
-    fn discard(&self, start: u64, length: u64) -> bool {
-        let Some(slice) = self.slice(VramAddr::new(start), length) else {
-            return false;
-        };
-        let first = start.div_ceil(HUGE_PAGE_SIZE);
-        let end = (start + length) / HUGE_PAGE_SIZE;
-        for block in first..end {
-            if let Some(word) = self.written.get((block / 64) as usize) {
-                word.fetch_and(!(1 << (block % 64)), Ordering::Relaxed);
-            }
+        for word in &self.written {
+            word.store(0, Ordering::Relaxed);
         }
-        let address = slice.ptr_guard_mut().as_ptr().cast();
-        // SAFETY: the range is inside of `self.region`, a private anonymous mapping that lives as
-        // long as `self`, so no other object's memory is touched. The pages stay mapped and read as
-        // zero. Nobody holds a reference to plain data there: all accesses are volatile or atomic.
-        let result = unsafe { libc::madvise(address, slice.len(), libc::MADV_DONTNEED) };
-        result == 0
+    }
+}
+
+/// Tells the host how all of `region`, an anonymous mapping, is used: `MADV_HUGEPAGE`, or
+/// `MADV_DONTNEED`, after which it reads as zero.
+fn advise(region: &MmapRegion, advice: libc::c_int) -> io::Result<()> {
+    let start = region.as_ptr().cast();
+    // SAFETY: The range is the region, a private anonymous mapping that lives as long as the borrow,
+    // so no other object's memory is touched. Either advice leaves the pages mapped. Nobody holds a
+    // reference to plain data there: all accesses are volatile or atomic.
+    let result = unsafe { libc::madvise(start, region.size(), advice) };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -100,7 +100,7 @@ fn fill_behind_an_odd_run_keeps_its_phase() {
 }
 
 #[test]
-fn fill_with_zero_zeroes_exactly_and_gives_the_memory_back() {
+fn fill_with_zero_zeroes_exactly_and_uses_no_memory_of_its_own() {
     let mut rig = Rig::new();
     assert_eq!(
         rig.copy(&[fill(!0, 0, 4 * MIB), fill(!0, 4 * MIB, 4 * MIB)]),
@@ -121,6 +121,11 @@ fn fill_with_zero_zeroes_exactly_and_gives_the_memory_back() {
     ] {
         assert_eq!(rig.vram_word(at), expected, "at {at:#x}");
     }
+    let unused = fill(0, 8 * MIB - 16, 4 * MIB);
+    assert_eq!(rig.copy(&[unused]), (Status::Ok, 0));
+    assert_eq!(rig.vram_word(8 * MIB - 24), !0);
+    assert_eq!([0, 8].map(|i| rig.vram_word(8 * MIB - 16 + i)), [0, 0]);
+    assert_eq!(rig.gpu.vram().written, 8 * MIB);
 }
 
 #[test]
