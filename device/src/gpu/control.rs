@@ -85,6 +85,13 @@ impl ControlQueue {
     pub(crate) fn len(&self) -> usize {
         usize::from(self.current.is_some()) + self.behind.len()
     }
+
+    /// How many bytes they have.
+    pub(crate) fn bytes(&self) -> usize {
+        let current = self.current.iter().map(|waiting| &waiting.request);
+        let all = current.chain(self.behind.iter().map(|(_, request)| request));
+        all.map(Vec::len).sum()
+    }
 }
 
 /// Works in flight that a command waits for.

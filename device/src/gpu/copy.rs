@@ -37,6 +37,8 @@ pub(crate) struct CopyLists {
     /// Those with work to hand out, in turn.
     turn: VecDeque<u64>,
     next_id: u64,
+    /// Bytes that the runs of all lists take.
+    bytes: usize,
 }
 
 impl CopyLists {
@@ -44,6 +46,7 @@ impl CopyLists {
     pub(crate) fn begin(&mut self, tag: u64, runs: Vec<Piece>) {
         let id = self.next_id;
         self.next_id += 1;
+        self.bytes += size_of_val(runs.as_slice());
         let list = List {
             tag,
             runs,
@@ -60,11 +63,17 @@ impl CopyLists {
     pub(crate) fn clear(&mut self) {
         self.lists.clear();
         self.turn.clear();
+        self.bytes = 0;
     }
 
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
         self.lists.len()
+    }
+
+    /// How many bytes of memory they take.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Whether one has work to hand out.
@@ -117,6 +126,7 @@ impl CopyLists {
             return None;
         }
         let list = self.lists.remove(&id)?;
+        self.bytes = self.bytes.saturating_sub(size_of_val(list.runs.as_slice()));
         Some(ListEnd {
             tag: list.tag,
             failed: list.failed,

@@ -77,6 +77,7 @@ use farfault_protocol::{
 use flight::Flights;
 use job::Job;
 use serde::Serialize;
+use settings::MAX_WAITING_BYTES;
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
@@ -220,6 +221,16 @@ impl Gpu {
             self.vram.clear();
             self.resetting = false;
         }
+    }
+
+    /// Whether a request of this queue should come now. If not, that changes when work is retired,
+    /// and at a reset. A shell that does not ask makes the GPU hold more memory.
+    pub fn has_room(&self, queue: Queue) -> bool {
+        let bytes = match queue {
+            Queue::Control => self.control.bytes(),
+            Queue::Submit => self.copies.bytes(),
+        };
+        bytes < MAX_WAITING_BYTES
     }
 
     /// The reply to a request that was pending, if one is ready.

@@ -6,6 +6,9 @@ use farfault_protocol::address::HUGE_PAGE_SIZE;
 /// Most requests that wait on one queue; more are answered with `Busy`. No virtqueue of QEMU's
 /// generic device is longer.
 pub(crate) const MAX_WAITING_REQUESTS: usize = 1024;
+/// With as many bytes of requests that wait on one queue, the next is not asked for: so many, and the
+/// one that exceeds it, is what a guest can make the device hold.
+pub(crate) const MAX_WAITING_BYTES: usize = 1 << 20;
 /// Most bytes that one [`Work`](super::Work) moves, and so what an invalidation may have to wait
 /// for, per worker.
 pub(crate) const WORK_BYTES: u64 = 256 << 10;
@@ -38,7 +41,7 @@ impl Default for Limits {
             max_contexts: 64,
             max_jobs: 1024,
             max_waves: 4096,
-            max_request: 32 << 10,
+            max_request: 256 << 10,
             max_copy_run: 4 << 20,
         }
     }

@@ -8,7 +8,7 @@
 //! | thread | what it does |
 //! | --- | --- |
 //! | queue (3) | kick, take requests, reply, interrupt: no other thread in between |
-//! | worker (`--threads`) | takes work, executes it, retires it, delivers events and replies |
+//! | worker (`--threads`) | takes work, executes it, retires it, delivers events and replies; takes requests that found no room |
 //! | vhost-user | memory table and ring addresses: waits here until no work uses the old ones |
 //! | main | control socket: copies what it shows under the lock, prints it without; bench switch |
 //!
@@ -16,7 +16,7 @@
 //! that as many wake as there is work, and none for nothing.
 
 use super::{
-    queues::{QUEUES, Queues, TransportStats},
+    queues::{QUEUES, Queues, Taken, TransportStats},
     ring::Ring,
 };
 use crate::{
@@ -131,10 +131,12 @@ impl Device {
                 if work {
                     self.start_work(index);
                 }
-                if !taken {
-                    break;
+                match taken {
+                    Taken::One => progress = true,
+                    Taken::Nothing => break,
+                    // A worker comes back to it.
+                    Taken::Later => return,
                 }
-                progress = true;
             }
             if expected && !progress {
                 // Chains seem to be there and cannot be had: the ring is broken, its driver too.
@@ -214,7 +216,7 @@ impl Device {
         let result = action(&mut state.queues);
         state.queues.deliver();
         let interrupts = state.queues.take_interrupts();
-        let work = state.queues.gpu.has_work();
+        let work = state.queues.gpu.has_work() || state.queues.to_take_up().is_some();
         drop(state);
         interrupt(&interrupts);
         (result, work)
@@ -240,6 +242,12 @@ impl Device {
     fn work(&self) {
         let mut state = self.state.lock();
         while !state.ending {
+            if let Some(index) = state.queues.take_up() {
+                drop(state);
+                self.serve(index);
+                state = self.state.lock();
+                continue;
+            }
             match self.work_round(state) {
                 Ok(()) => state = self.state.lock(),
                 Err(idle) => {

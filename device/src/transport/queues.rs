@@ -67,10 +67,21 @@ pub(super) struct Queues {
     /// How many of `pending` each queue has.
     outstanding: [usize; QUEUES],
     next_tag: u64,
+    /// Queues whose requests stay in the ring until the GPU has room for more.
+    left: [bool; QUEUES],
     /// Posted and empty, oldest first. As many as the GPU has credits.
     event_buffers: VecDeque<(u16, Chain)>,
     bad_chain_log: RateLimit,
     bad_ring_log: RateLimit,
+}
+
+/// What came of looking for a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    One,
+    Nothing,
+    /// The GPU holds as much as it may. [`Queues::take_up`] tells when to go on.
+    Later,
 }
 
 struct Pending {
@@ -92,6 +103,7 @@ impl Queues {
             pending: HashMap::new(),
             outstanding: [0; QUEUES],
             next_tag: 0,
+            left: [false; QUEUES],
             event_buffers: VecDeque::new(),
             bad_chain_log: RateLimit::default(),
             bad_ring_log: RateLimit::default(),
@@ -114,6 +126,7 @@ impl Queues {
     pub(super) fn forget_requests(&mut self) {
         self.pending.clear();
         self.outstanding = [0; QUEUES];
+        self.left = [false; QUEUES];
         self.event_buffers.clear();
     }
 
@@ -137,21 +150,45 @@ impl Queues {
             .unwrap_or(false)
     }
 
-    /// Takes one chain from queue `index`; whether there was one.
-    pub(super) fn take(&mut self, index: u16) -> bool {
+    /// Takes one chain from queue `index`.
+    pub(super) fn take(&mut self, index: u16) -> Taken {
+        if !self.has_room(index) {
+            self.left[usize::from(index)] = true;
+            return Taken::Later;
+        }
         let Some(ring) = self.ring(index) else {
-            return false;
+            return Taken::Nothing;
         };
         let popped = ring.pop(&self.memory);
         let Some(Some(available)) = self.check_ring(index, popped) else {
-            return false;
+            return Taken::Nothing;
         };
         let head = available.head_index();
         if let Err(why) = self.dispatch(index, available) {
             self.give_back_bad(index, head, why);
         }
         self.deliver();
-        true
+        Taken::One
+    }
+
+    /// A queue that was left with [`Taken::Later`], and should be looked at now.
+    pub(super) fn take_up(&mut self) -> Option<u16> {
+        let index = self.to_take_up()?;
+        self.left[usize::from(index)] = false;
+        Some(index)
+    }
+
+    /// As [`Self::take_up`], but the queue stays marked.
+    pub(super) fn to_take_up(&self) -> Option<u16> {
+        (0..queue::COUNT).find(|&index| self.left[usize::from(index)] && self.has_room(index))
+    }
+
+    fn has_room(&self, index: u16) -> bool {
+        match index {
+            queue::CONTROL => self.gpu.has_room(Queue::Control),
+            queue::SUBMIT => self.gpu.has_room(Queue::Submit),
+            _ => true,
+        }
     }
 
     /// Has the GPU know all event buffers that the driver posted, kicked or not, if it has used up
@@ -161,7 +198,8 @@ impl Queues {
             // No more than there can be: a driver that adds faster than this takes is no reason to
             // keep the lock.
             let most = self.ring(queue::EVENT).map_or(0, Ring::size);
-            let _taken = (0..most).take_while(|_| self.take(queue::EVENT)).count();
+            let taken = |_: &u16| matches!(self.take(queue::EVENT), Taken::One);
+            let _count = (0..most).take_while(taken).count();
         }
     }
 

@@ -2,7 +2,7 @@
 //! Copy lists: what moves, what is refused, and that nothing moves then.
 
 use crate::rig::*;
-use farfault_device::gpu::Outcome;
+use farfault_device::gpu::{Limits, Outcome, Queue};
 use farfault_protocol::{
     address::{SystemAddr, VramAddr},
     command::Status,
@@ -181,7 +181,8 @@ fn submit_framing_wrong_is_refused() {
     unknown[0] = 3;
     assert_eq!(rig.submit(&unknown), (Status::UnknownCommand, 0));
     assert_eq!(rig.submit(&nop()), (Status::Ok, 0));
-    let long = copy(&vec![fill(0, 0, 8); 1024]);
+    let most = Limits::default().max_request as usize / size_of::<CopyRun>();
+    let long = copy(&vec![fill(0, 0, 8); most]);
     assert_eq!(rig.submit(&long), (Status::LimitExceeded, 0));
 }
 
@@ -203,6 +204,32 @@ fn lists_take_turns() {
         "the short list waits for the long one"
     );
     assert!(!rig.replies.contains_key(&100));
+}
+
+#[test]
+fn lists_that_wait_are_bounded_and_room_comes_back() {
+    let mut rig = Rig::new();
+    let runs: Vec<_> = (0..4096).map(|i| upload(i * 8, i * 8, 8)).collect();
+    let request = copy(&runs);
+    let mut sent = 0;
+    while rig.gpu.has_room(Queue::Submit) {
+        assert_eq!(rig.gpu.submit(&request, sent, &rig.ram), Outcome::Pending);
+        sent += 1;
+        assert!(sent <= 8, "a GPU holds MiBs of requests");
+    }
+    assert!(rig.gpu.has_room(Queue::Control));
+    while !rig.gpu.has_room(Queue::Submit) {
+        let work = rig.gpu.next_work().expect("lists go on by themselves");
+        rig.finish(work);
+    }
+    assert!(rig.replies.len() < sent as usize);
+    rig.run();
+    assert_eq!(rig.replies.len(), sent as usize);
+    while rig.gpu.has_room(Queue::Submit) {
+        let _pending = rig.gpu.submit(&request, 0, &rig.ram);
+    }
+    rig.gpu.reset();
+    assert!(rig.gpu.has_room(Queue::Submit));
 }
 
 #[test]

@@ -30,13 +30,13 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 /// RAM does not begin at zero, so that a forgotten address is an error.
 pub(crate) const GUEST_BASE: u64 = 0x1000_0000;
 /// Bytes of RAM.
-pub(crate) const GUEST_SIZE: usize = 64 << 20;
+pub(crate) const GUEST_SIZE: usize = 192 << 20;
 /// Where the test's own data may be, behind rings and requests.
-pub(crate) const DATA: u64 = GUEST_BASE + (32 << 20);
+pub(crate) const DATA: u64 = GUEST_BASE + (128 << 20);
 /// Where requests are: a slot for each descriptor of each queue.
 const REQUESTS: u64 = GUEST_BASE + (1 << 20);
 /// Bytes of a slot: the first half for the request, the second for the reply.
-const SLOT: u64 = 0x1_0000;
+const SLOT: u64 = 0x8_0000;
 /// Descriptors of each ring.
 pub(crate) const RING_SIZE: u16 = 64;
 

@@ -15,7 +15,7 @@ use farfault_protocol::{
     control::{self, Cancel, ReadPtes},
     event::{Access, Engine, ErrorCode, ErrorEvent, EventKind, FaultCause, JobStatus},
     pte::Location,
-    submit::{CopyRun, Kernel},
+    submit::{self, CopyRun, Kernel},
 };
 use std::{collections::HashSet, time::Duration};
 use vhost::vhost_user::{VhostUserFrontend, message::VhostUserConfigFlags};
@@ -337,4 +337,100 @@ fn memory_table_replaced_while_copies_run_is_used_from_then_on() {
         .read_slice(&mut back, GuestAddress(DATA + 8192))
         .unwrap();
     assert_eq!(&back, b"new");
+}
+
+/// A copy of whole pages, each from another place, that fills a request of `limit` bytes.
+fn longest_copy(limit: u32) -> Vec<u8> {
+    let runs = (limit as usize - size_of::<submit::Copy>()) / size_of::<CopyRun>();
+    let pages = (0..runs as u64).map(|page| {
+        // The pages of 8 MiB in another order, several times over.
+        let from = page * 1229 % 2048;
+        CopyRun::upload(ram(from * 4096), VramAddr::new(page * 4096), 4096)
+    });
+    copy(&pages.collect::<Vec<_>>())
+}
+
+#[test]
+fn request_of_the_largest_size_in_many_descriptors_is_executed() {
+    let device = Device::start();
+    let mut guest = Guest::boot(&device);
+    let limit = guest.config().max_request.get();
+    assert!(limit >= 8 + 4096 * 32, "16 MiB of pages are no one request");
+    for page in 0..2048u64 {
+        let at = GuestAddress(DATA + page * 4096);
+        guest.memory.write_obj(page.to_le(), at).unwrap();
+    }
+    let request = longest_copy(limit);
+    // As a kernel's memory is: pages, none of which follows the one before, in an indirect table.
+    let (table, pages) = (DATA + (16 << 20), DATA + (17 << 20));
+    let count = request.len().div_ceil(4096);
+    let mut descriptors = Vec::new();
+    for (index, part) in request.chunks(4096).enumerate() {
+        let address = pages + (count - index) as u64 * 4096;
+        guest
+            .memory
+            .write_slice(part, GuestAddress(address))
+            .unwrap();
+        descriptors.push(Descriptor {
+            address,
+            length: part.len() as u32,
+            flags: NEXT,
+            next: index as u16 + 1,
+        });
+    }
+    descriptors.push(Descriptor {
+        address: pages,
+        length: 8,
+        flags: WRITE,
+        next: 0,
+    });
+    let bytes: Vec<u8> = descriptors.iter().flat_map(|d| d.bytes()).collect();
+    guest
+        .memory
+        .write_slice(&bytes, GuestAddress(table))
+        .unwrap();
+    let ring = &mut guest.rings[usize::from(queue::SUBMIT)];
+    let head = ring.allocate();
+    ring.write_descriptor(
+        head,
+        Descriptor {
+            address: table,
+            length: bytes.len() as u32,
+            flags: INDIRECT,
+            next: 0,
+        },
+    );
+    ring.offer(head);
+    assert_eq!(ring.wait_used(), (head, 8));
+    let status: u32 = guest.memory.read_obj(GuestAddress(pages)).unwrap();
+    assert_eq!(u32::from_le(status), Status::Ok.raw());
+
+    let all = CopyRun::download(VramAddr::new(0), ram(24 << 20), 4 << 20);
+    guest.submit_ok(&copy(&[all]));
+    for page in 0..1024u64 {
+        let at = GuestAddress(DATA + (24 << 20) + page * 4096);
+        let word: u64 = guest.memory.read_obj(at).unwrap();
+        assert_eq!(u64::from_le(word), page * 1229 % 2048, "page {page}");
+    }
+}
+
+#[test]
+fn more_requests_than_the_device_holds_are_all_executed() {
+    let device = Device::start();
+    let mut guest = Guest::boot(&device);
+    let limit = guest.config().max_request.get();
+    let request = longest_copy(limit);
+    let heads: HashSet<u16> = (0..RING_SIZE / 2)
+        .map(|_| guest.send(queue::SUBMIT, &request, 8))
+        .collect();
+    // The control queue does not wait behind them.
+    guest.control_ok(&nop());
+    let mut answered = HashSet::new();
+    for _ in &heads {
+        let (head, reply) = guest.receive_any(queue::SUBMIT);
+        assert_eq!(reply, [0; 8]);
+        assert!(answered.insert(head));
+    }
+    assert_eq!(answered, heads);
+    guest.submit_ok(&nop());
 }
