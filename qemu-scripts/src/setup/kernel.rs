@@ -54,6 +54,10 @@ const SLOW: [&str; 2] = ["CONFIG_KASAN", "CONFIG_PROVE_LOCKING"];
 /// How much more time everything has on such a kernel.
 const SLOWNESS: u32 = 6;
 
+/// What a kernel with KASAN has on its command line: with page tables of five levels, an interrupt at a certain point of its
+/// boot gives a false report (`docs/kernel-findings.md`).
+const KASAN_ARGUMENTS: [&str; 1] = ["no5lvl"];
+
 /// Where the toolbox has the source of Rust's core library.
 pub(crate) const RUST_LIB_SRC: &str = "RUST_LIB_SRC=/usr/lib/rustlib/src/rust/library";
 
@@ -72,6 +76,8 @@ pub struct Kernel {
     pub source: PathBuf,
     /// The compiler that built the kernel, and so has to build its modules.
     pub compiler: Compiler,
+    /// Words that it needs on its command line.
+    pub arguments: &'static [&'static str],
     /// Time limits of what happens in the guest are multiplied by this.
     pub slowness: u32,
 }
@@ -150,6 +156,11 @@ impl Kernel {
             build: build.to_path_buf(),
             source,
             compiler: Compiler::of(&config),
+            arguments: if value_of(&config, "CONFIG_KASAN") == Some("y") {
+                &KASAN_ARGUMENTS
+            } else {
+                &[]
+            },
             slowness: if SLOW
                 .iter()
                 .any(|option| value_of(&config, option) == Some("y"))

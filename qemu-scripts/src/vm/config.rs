@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::vm::KnownReport;
+use crate::{setup::Kernel, vm::KnownReport};
 
 /// A VM to boot. `Config { name: …, ..Config::default() }` is one with one GPU and the driver loaded.
 #[derive(Debug, Clone)]
@@ -65,6 +65,12 @@ impl Default for Config {
 }
 
 impl Config {
+    /// The words for the kernel's command line, its own included.
+    pub(crate) fn kernel_args(&self, kernel: &Kernel) -> Vec<String> {
+        let own = kernel.arguments.iter().map(|word| (*word).to_owned());
+        own.chain(self.kernel_args.iter().cloned()).collect()
+    }
+
     pub(crate) fn repeat(&self) -> String {
         self.repeat
             .clone()

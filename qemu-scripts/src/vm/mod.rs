@@ -125,7 +125,7 @@ impl Vm {
             cpus: config.cpus,
             kernel: &prepared.setup.kernel.image,
             initramfs: &prepared.artifacts.initramfs,
-            kernel_args: &config.kernel_args,
+            kernel_args: &config.kernel_args(&prepared.setup.kernel),
             host,
             gpus: gpus
                 .iter()
@@ -190,7 +190,7 @@ impl Vm {
             cpus: config.cpus,
             kernel: &prepared.setup.kernel.image,
             initramfs: &prepared.artifacts.initramfs,
-            kernel_args: &config.kernel_args,
+            kernel_args: &config.kernel_args(&prepared.setup.kernel),
             host: Host::Person,
             gpus,
             spare_slots: config.spare_slots,
