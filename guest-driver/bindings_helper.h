@@ -7,6 +7,7 @@
 #include <linux/migrate.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
+#include <linux/rmap.h>
 #include <linux/module.h>
 #include <linux/scatterlist.h>
 #include <linux/virtio.h>

@@ -6,7 +6,7 @@
 use crate::{
     gpu::Gpu,
     kapi::{
-        chardev::{FileOps, POLLERR, POLLHUP, POLLIN},
+        chardev::{FileOps, Kind, POLLERR, POLLHUP, POLLIN},
         signal::fatal_signal_pending,
     },
     svm::{jobs::MAX_JOBS, query, Space, REGION_BYTES},
@@ -24,6 +24,9 @@ use kernel::{
     uaccess::{UserPtr, UserSlice},
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// The nodes.
+pub(crate) static KIND: Kind = Kind::new("farfault", 64);
 
 /// Where the addresses of processes end.
 const TASK_SIZE: u64 = (1 << 47) - PAGE_SIZE as u64;

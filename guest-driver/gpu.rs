@@ -495,6 +495,15 @@ impl Gpu {
         }
     }
 
+    /// [`Space::takes_failure`] of a context, if there is one.
+    pub(crate) fn takes_failure(&self, context: u32) -> bool {
+        // As in `lose`, without a reference of its own.
+        match self.spaces.lock().get(context as usize) {
+            Some(Slot::Open(space)) => space.takes_failure(),
+            _ => false,
+        }
+    }
+
     /// A page for a table, with a block sent home if need be. No mmap lock may be held.
     pub(crate) fn take_table(&self) -> Result<VramPage> {
         if let Some(table) = self.vram.take_table() {

@@ -56,6 +56,11 @@ unsigned long farfault_c_page_to_pfn(const struct page *page)
 	return page_to_pfn(page);
 }
 
+bool farfault_c_is_zero_pfn(unsigned long pfn)
+{
+	return is_zero_pfn(pfn);
+}
+
 struct folio *farfault_c_page_folio(struct page *page)
 {
 	return page_folio(page);

@@ -30,6 +30,7 @@ void farfault_c_virtio_cread_words(struct virtio_device *vdev, void *buf, size_t
 
 struct page *farfault_c_pfn_to_page(unsigned long pfn);
 unsigned long farfault_c_page_to_pfn(const struct page *page);
+bool farfault_c_is_zero_pfn(unsigned long pfn);
 struct folio *farfault_c_page_folio(struct page *page);
 unsigned int farfault_c_folio_order(const struct folio *folio);
 unsigned long farfault_c_folio_pfn(const struct folio *folio);

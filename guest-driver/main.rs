@@ -3,7 +3,7 @@
 //!
 //! | layer | what it knows |
 //! | --- | --- |
-//! | `file` | what user space may ask |
+//! | `file`, `dmirror` | what user space may ask |
 //! | `svm` | mirrors, faults, migration, eviction |
 //! | `gpu`, `vram`, `queue` | the device, who owns its memory, requests and answers |
 //! | `kapi` | safe wrappers of the kernel's C |
@@ -13,6 +13,7 @@
 #![deny(unsafe_code)]
 
 mod bindings;
+mod dmirror;
 mod file;
 mod gpu;
 mod kapi;
@@ -25,6 +26,7 @@ pub mod uapi;
 mod vram;
 
 use crate::{
+    dmirror::OpenMirror,
     file::OpenFile,
     gpu::{Gpu, Interrupts, QUEUES},
     kapi::{
@@ -58,11 +60,26 @@ impl Drop for Running {
 struct BoundGpu<'bound> {
     #[pin]
     debugfs: Scope<Arc<Gpu>>,
+    mirror: Option<Pin<KBox<Chardev<OpenMirror>>>>,
     #[pin]
     chardev: Chardev<OpenFile>,
     running: Running,
     #[pin]
     queues: Queues<'bound, Interrupts, QUEUES>,
+}
+
+/// The GPU's second node, if it is to have one.
+fn dmirror_node(gpu: &Arc<Gpu>) -> Result<Option<Pin<KBox<Chardev<OpenMirror>>>>> {
+    if *module_parameters::dmirror.value() == 0 {
+        return Ok(None);
+    }
+    let node = Chardev::new(&dmirror::KIND, 0o600, gpu.clone());
+    match KBox::pin_init(node, GFP_KERNEL) {
+        Ok(node) => Ok(Some(node)),
+        // The other GPUs have none.
+        Err(error) if error == ENOSPC => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 struct Driver;
@@ -86,7 +103,8 @@ impl virtio::Driver for Driver {
                     gpu.start(&queues)?;
                     running
                 },
-                chardev <- Chardev::new("farfault", 0o666, shared.clone()),
+                mirror: dmirror_node(&gpu)?,
+                chardev <- Chardev::new(&file::KIND, 0o666, shared.clone()),
                 debugfs <- Scope::dir(shared, chardev.name(), |gpu, dir| {
                     dir.read_callback_file(c"stats", gpu, &|gpu, f| gpu.write_stats(f));
                 }),
@@ -120,4 +138,10 @@ module! {
     authors: ["The Farfault authors"],
     description: "Driver of the Farfault virtual GPU",
     license: "GPL",
+    params: {
+        dmirror: u8 {
+            default: 0,
+            description: "1: the first two GPUs also have /dev/hmm_dmirror0 and 1, with the ioctls of lib/test_hmm_uapi.h",
+        },
+    },
 }

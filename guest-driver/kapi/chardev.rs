@@ -12,6 +12,7 @@ use kernel::{
     container_of,
     error::to_result,
     fs::File,
+    mm::virt::VmaNew,
     prelude::*,
     str::CString,
     sync::{
@@ -44,37 +45,64 @@ pub(crate) trait FileOps: Sized + Send + Sync + 'static {
     /// What is ready, of `POLLIN` and so on, after `table.register_wait(file, condvar)`.
     fn poll(this: ArcBorrow<'_, Self>, file: &File, table: &PollTable<'_>) -> u32;
 
+    /// Somebody maps the device. `ENODEV`: it cannot be.
+    fn mmap(_this: ArcBorrow<'_, Self>, _vma: &VmaNew) -> Result {
+        Err(ENODEV)
+    }
+
     /// The last close. Work that was queued may still hold references.
     fn release(this: Arc<Self>) {
         drop(this);
     }
 }
 
-/// A number that no other device of this module has.
-struct Number(u32);
+/// A kind of device: what the names of its nodes begin with, and which numbers are in use.
+pub(crate) struct Kind {
+    prefix: &'static str,
+    /// How many there can be.
+    most: u32,
+    /// A bit for each number.
+    used: Atomic<u64>,
+}
 
-/// A bit for each number in use.
-static NUMBERS: Atomic<u64> = Atomic::new(0);
+impl Kind {
+    /// Nodes `/dev/<prefix><number>`, at most `most` of them and at most 64.
+    pub(crate) const fn new(prefix: &'static str, most: u32) -> Self {
+        Self {
+            prefix,
+            most,
+            used: Atomic::new(0),
+        }
+    }
 
-impl Number {
-    /// The lowest one, or `ENOSPC`.
-    fn lowest() -> Result<Self> {
-        let mut used = NUMBERS.load(Relaxed);
+    /// The lowest free number, or `ENOSPC`.
+    fn lowest(&'static self) -> Result<Number> {
+        let mut used = self.used.load(Relaxed);
         loop {
             let number = used.trailing_ones();
+            if number >= self.most {
+                return Err(ENOSPC);
+            }
             let bit = 1u64.checked_shl(number).ok_or(ENOSPC)?;
-            match NUMBERS.cmpxchg(used, used | bit, Full) {
-                Ok(_) => return Ok(Self(number)),
+            match self.used.cmpxchg(used, used | bit, Full) {
+                Ok(_) => return Ok(Number { kind: self, number }),
                 Err(now) => used = now,
             }
         }
     }
 }
 
+/// A number that no other device of its kind has.
+struct Number {
+    kind: &'static Kind,
+    number: u32,
+}
+
 impl Drop for Number {
     fn drop(&mut self) {
-        let mut used = NUMBERS.load(Relaxed);
-        while let Err(now) = NUMBERS.cmpxchg(used, used & !(1 << self.0), Full) {
+        let bit = 1 << self.number;
+        let mut used = self.kind.used.load(Relaxed);
+        while let Err(now) = self.kind.used.cmpxchg(used, used & !bit, Full) {
             used = now;
         }
     }
@@ -108,18 +136,20 @@ impl<F: FileOps> Chardev<F> {
         #[cfg(CONFIG_COMPAT)]
         compat_ioctl: bindings::compat_ptr_ioctl,
         poll: Some(Self::poll_callback),
+        mmap: Some(Self::mmap_callback),
         ..pin_init::zeroed()
     };
 
-    /// Makes `/dev/<prefix><number>` with the lowest number that is free, and permissions `mode`.
-    pub(crate) fn new<'a>(
-        prefix: &'a str,
+    /// Makes the node of `kind` with the lowest number that is free, and permissions `mode`.
+    /// `ENOSPC`: there are as many as there can be.
+    pub(crate) fn new(
+        kind: &'static Kind,
         mode: u16,
         shared: Arc<F::Shared>,
-    ) -> impl PinInit<Self, Error> + 'a {
+    ) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(move || {
-            let number = Number::lowest()?;
-            let name = CString::try_from_fmt(fmt!("{}{}", prefix, number.0))?;
+            let number = kind.lowest()?;
+            let name = CString::try_from_fmt(fmt!("{}{}", kind.prefix, number.number))?;
             let name_ptr = name.as_char_ptr();
             Ok(try_pin_init!(Self {
                 shared,
@@ -202,6 +232,21 @@ impl<F: FileOps> Chardev<F> {
         match F::ioctl(this, cmd, arg) {
             Ok(value) => value,
             Err(error) => error.to_errno() as c_long,
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Only for the core: `file` was opened by `open_callback`, `vma` is being set up for it.
+    unsafe extern "C" fn mmap_callback(
+        file: *mut bindings::file,
+        vma: *mut bindings::vm_area_struct,
+    ) -> c_int {
+        // SAFETY: By the function's contract; files are not released during a call.
+        let (this, vma) = unsafe { (Self::borrow(file), VmaNew::from_raw(vma)) };
+        match F::mmap(this, vma) {
+            Ok(()) => 0,
+            Err(error) => error.to_errno(),
         }
     }
 

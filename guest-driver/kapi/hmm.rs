@@ -38,6 +38,11 @@ const FRAME: usize = (1 << ORDER_SHIFT) - 1;
 pub(crate) struct HmmPfn(usize);
 
 impl HmmPfn {
+    /// A page that may be written.
+    pub(super) fn writable(frame: usize) -> Self {
+        Self(frame | VALID | WRITE)
+    }
+
     /// Nothing is there; nothing is wanted.
     pub(crate) const NONE: Self = Self(0);
 
@@ -68,6 +73,12 @@ impl HmmPfn {
     /// The order of what the CPU maps here as a whole, aligned, maybe beyond the snapshot.
     pub(crate) fn order(self) -> u32 {
         ((self.0 >> ORDER_SHIFT) & 0x1f) as u32
+    }
+
+    /// The zero page, which all processes share until they write.
+    pub(crate) fn is_zero_page(self) -> bool {
+        // SAFETY: It only compares.
+        self.is_valid() && unsafe { bindings::farfault_c_is_zero_pfn(self.0 & FRAME) }
     }
 
     /// The page: of the pagemap if its `lookup` knows it, else in system memory.
@@ -123,11 +134,7 @@ impl<T: IntervalOps> IntervalNotifier<T> {
         for (i, pfn) in pfns.iter_mut().enumerate() {
             *pfn = pfn.aligned_to(range.start + i * PAGE_SIZE);
         }
-        Ok(Snapshot {
-            notifier: self,
-            sequence,
-            pfns,
-        })
+        Ok(Snapshot::new(self, sequence, pfns))
     }
 }
 
@@ -139,6 +146,19 @@ pub(crate) struct Snapshot<'a, T: IntervalOps> {
 }
 
 impl<'a, T: IntervalOps> Snapshot<'a, T> {
+    /// `pfns` was filled after `sequence` began.
+    pub(super) fn new(
+        notifier: &'a IntervalNotifier<T>,
+        sequence: Sequence<'a>,
+        pfns: &'a [HmmPfn],
+    ) -> Self {
+        Self {
+            notifier,
+            sequence,
+            pfns,
+        }
+    }
+
     /// Takes the update lock. `None`: something changed, look again.
     pub(crate) fn lock(self) -> Option<Valid<'a, T>> {
         Some(Valid {

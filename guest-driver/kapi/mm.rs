@@ -19,6 +19,9 @@ use kernel::{
     sync::aref::ARef,
 };
 
+/// Order of what an entry of the third level maps as a whole.
+pub(crate) const PUD_ORDER: u32 = 18;
+
 /// The caller's address space, with a reference on its users. `None` in a kernel thread.
 pub(crate) fn current_mm() -> Option<ARef<MmWithUser>> {
     current!().mm().map(ARef::from)
@@ -100,6 +103,11 @@ impl<'a> Vma<'a> {
     /// Loads are allowed. Without, it may be no more than reserved addresses.
     pub(crate) fn is_readable(&self) -> bool {
         self.has(flags::READ)
+    }
+
+    /// Other processes may have it, too, and see what is written.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.has(flags::SHARED)
     }
 
     /// Of hugetlbfs.

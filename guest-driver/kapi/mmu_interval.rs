@@ -10,6 +10,8 @@
 //! Locks: the update lock nests inside the mmap lock and inside memory reclaim (an invalidation may
 //! run there), so nothing that is done under it may allocate with reclaim or take the mmap lock.
 //!
+//! The events of [`super::exclusive`] that a notifier's own driver causes do not reach it.
+//!
 //! Not implemented: two-pass invalidation (`invalidate_start`).
 //!
 //! C header: `include/linux/mmu_notifier.h`.
@@ -218,6 +220,11 @@ impl<T: IntervalOps> IntervalNotifier<T> {
         // SAFETY: By the function's contract.
         let range = unsafe { &*range };
         let invalidation = Invalidation { range };
+        // What this notifier's driver takes for its device is about to be mapped by it, and would
+        // otherwise find itself interrupted by itself for ever.
+        if invalidation.event() == Event::Exclusive && range.owner == sub.cast() {
+            return true;
+        }
         let guard = if invalidation.blockable() {
             Some(this.lock())
         } else {

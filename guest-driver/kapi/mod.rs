@@ -8,7 +8,9 @@
 //! | module | C |
 //! | --- | --- |
 //! | [`chardev`] | `miscdevice.h`, with the owner and poll that `kernel::miscdevice` leaves out |
+//! | [`bounce`] | `vmalloc()` memory that a device uses, too |
 //! | [`completion`] | `completion.h`, with time limits |
+//! | [`exclusive`] | `make_device_exclusive()` |
 //! | [`folio`] | folios as owned values |
 //! | [`hmm`] | `hmm_range_fault()` |
 //! | [`migrate`] | `migrate_vma_*()`, `migrate_device_range()` |
@@ -24,8 +26,10 @@
 //! | [`workqueue`] | a workqueue of one's own |
 #![allow(unsafe_code, reason = "wraps C")]
 
+pub(crate) mod bounce;
 pub(crate) mod chardev;
 pub(crate) mod completion;
+pub(crate) mod exclusive;
 pub(crate) mod folio;
 pub(crate) mod hmm;
 pub(crate) mod migrate;

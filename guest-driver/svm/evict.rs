@@ -136,7 +136,7 @@ impl Gpu {
     ) -> Result<usize> {
         let map = self.pagemap()?;
         let mut collected = Collected::device_range(&map, victim.pages(), scratch)?;
-        download(self, &map, &mut collected, |_| true)?;
+        download(self, &map, &mut collected, |_| true, || false)?;
         let moved = collected.pages().count();
         self.count(Some(victim.context()), |c| &c.pages_to_ram, moved as u64);
         trace::migrate(
@@ -194,7 +194,9 @@ impl Space {
                 continue;
             };
             let range = first.address..last.address + PAGE_SIZE;
-            moved += self.some_to_ram(scratch, mm, range, cause, |page| victim.contains(page))?;
+            moved += self
+                .some_to_ram(scratch, mm, range, cause, |page| victim.contains(page))?
+                .pages;
         }
         Ok(moved)
     }

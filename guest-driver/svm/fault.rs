@@ -9,10 +9,14 @@
 //! all the same, after a pause: its waves fault again and queue behind everybody else. So no fault
 //! starves another, and the worker never spins.
 
-use super::{map::Wanted, residence::Pagemap, Service, Space, REGION_BYTES};
+use super::{
+    map::{Obstacle, Wanted},
+    residence::Pagemap,
+    Service, Space, REGION_BYTES,
+};
 use crate::{
     gpu::unless_gone,
-    kapi::{hmm::HmmPfn, mm::MmapLock, trace},
+    kapi::{exclusive::is_not_anonymous, hmm::HmmPfn, mm::MmapLock, trace},
     sort::sort_by_key,
     uapi::Advice,
     vram::BLOCK_ORDER,
@@ -28,18 +32,20 @@ use kernel::{
 /// Faults that are served at once; more wait for the replay that ends the batch, and come again.
 pub(super) const MAX_BATCH: usize = 512;
 /// Attempts at one region before its faults queue again.
-const ATTEMPTS: usize = 16;
+pub(super) const ATTEMPTS: usize = 16;
 /// Pause after a batch in which a region was given up: its waves fault again at once.
 const STUCK_PAUSE: Delta = Delta::from_millis(1);
 /// No process has memory from here on.
-const ADDRESS_LIMIT: usize = 1 << 47;
+pub(super) const ADDRESS_LIMIT: usize = 1 << 47;
 
 /// A fault as the device reported it.
 #[derive(Clone, Copy)]
 pub(super) struct Fault {
-    page: usize,
+    pub(super) page: usize,
     pub(super) access: Access,
-    sequence: u64,
+    pub(super) sequence: u64,
+    /// The job that faulted first.
+    pub(super) fence: u64,
 }
 
 impl Fault {
@@ -80,6 +86,7 @@ impl Pending {
                 page: event.page.get() as usize & !(PAGE_SIZE - 1),
                 access,
                 sequence: event.sequence.get(),
+                fence: event.fence.get(),
             });
         }
     }
@@ -97,12 +104,9 @@ impl Pending {
     }
 }
 
-/// Why pages of a region could not be mapped.
-enum Failure {
-    /// Nobody can resolve it: the address is not mapped, or not for this access.
-    NoAccess,
-    /// It changed too often, or memory is short: the waves shall fault again.
-    Again,
+/// Whether nobody can resolve it: the address is not mapped, or not for this access.
+fn is_refusal(error: Error) -> bool {
+    [EFAULT, EPERM, EINVAL].contains(&error)
 }
 
 impl Space {
@@ -165,6 +169,7 @@ impl Space {
             }
             return (faults, false);
         };
+        self.serve_accesses(service, &mm, &mut faults);
         sort_by_key(&mut faults, |fault| fault.page);
         let (mapped, beyond) = faults.split_at(faults.partition_point(|f| f.page < ADDRESS_LIMIT));
         for fault in beyond {
@@ -188,29 +193,35 @@ impl Space {
         faults: &[Fault],
         through: Option<u64>,
     ) -> bool {
-        let moved = self.place(service, mm, faults);
-        match self.map_faults(service, mm, faults, moved, through) {
+        let Some(region) = faults.first().map(Fault::region) else {
+            return false;
+        };
+        let mut wanted = Wanted::of(faults);
+        wanted.groups |= self.place(service, mm, faults);
+        match self.map_wanted(service, mm, region, &mut wanted, through) {
             Ok(replayed) => {
                 self.trace_fault(faults, 0);
                 replayed
             }
-            Err(Failure::Again) => {
-                service.stuck = true;
-                self.trace_fault(faults, EBUSY.to_errno());
-                false
-            }
             // One of them is to blame: each by itself.
-            Err(Failure::NoAccess) => {
+            Err(error) if is_refusal(error) => {
                 for fault in faults {
                     let one = core::slice::from_ref(fault);
-                    let result = self.map_faults(service, mm, one, 0, None);
-                    if let Err(Failure::NoAccess) = result {
-                        let _ = service.failed.push_within_capacity(fault.sequence);
-                        self.trace_fault(one, EFAULT.to_errno());
-                    } else {
-                        self.trace_fault(one, 0);
+                    let mut wanted = Wanted::of(one);
+                    match self.map_wanted(service, mm, region, &mut wanted, None) {
+                        Err(error) if is_refusal(error) => {
+                            let _ = service.failed.push_within_capacity(fault.sequence);
+                            self.trace_fault(one, error.to_errno());
+                        }
+                        _ => self.trace_fault(one, 0),
                     }
                 }
+                false
+            }
+            // It changed too often, or memory is short: the waves shall fault again.
+            Err(error) => {
+                service.stuck = true;
+                self.trace_fault(faults, error.to_errno());
                 false
             }
         }
@@ -269,13 +280,18 @@ impl Space {
             done = around.end;
             let pages = (around.start - region) >> PAGE_SHIFT..(around.end - region) >> PAGE_SHIFT;
             let cause = trace::Cause::GpuFault;
+            let scratch = &mut service.migration;
             let result = match (advice, in_vram) {
-                (Advice::PreferCpu, true) => self.to_ram(&mut service.migration, mm, around, cause),
+                (Advice::PreferCpu, true) => self
+                    .to_ram(scratch, mm, around, cause)
+                    .map(|home| home.pages != 0),
                 (Advice::PreferCpu, false) | (_, true) => continue,
-                (_, false) => self.to_vram(&mut service.migration, mm, around, cause),
+                (_, false) => self
+                    .to_vram(scratch, mm, around, cause)
+                    .map(|moved| !moved.is_empty()),
             };
             // What does not move is mapped where it is: there is nothing to report.
-            if result.is_ok_and(|count| count != 0) {
+            if result.is_ok_and(|any| any) {
                 moved |= Wanted::near(pages).groups;
             }
         }
@@ -325,43 +341,42 @@ impl Space {
         true
     }
 
-    /// Makes the CPU have the pages, and maps them on the GPU; also what there is of the groups
-    /// `around`. Returns whether the replay that
-    /// `through` asks for was sent along.
-    fn map_faults(
+    /// Makes the CPU have the wanted pages of a region, and maps them on the GPU, in a bounded number
+    /// of attempts. Returns whether the replay that `through` asks for was sent along.
+    ///
+    /// `EBUSY`: the region kept changing. `EFAULT`, `EPERM`, `EINVAL`: a page is not there, or not
+    /// for this access.
+    pub(super) fn map_wanted(
         &self,
         service: &mut Service,
         mm: &MmWithUser,
-        faults: &[Fault],
-        around: u64,
+        region: usize,
+        wanted: &mut Wanted,
         through: Option<u64>,
-    ) -> Result<bool, Failure> {
-        let Some(first) = faults.first() else {
-            return Ok(false);
-        };
-        let region = first.region();
-        let mut wanted = Wanted::of(faults);
-        wanted.groups |= around;
+    ) -> Result<bool> {
         for _ in 0..ATTEMPTS {
-            match self.try_map(service, mm, region, &wanted, through) {
-                Err(e) if e == EBUSY => continue,
-                // A page in VRAM that is read-only there, and mm will not make it writable where it
-                // is: at home it can.
-                Err(e) if e == EXDEV => {
+            match self.try_map(service, mm, region, wanted, through) {
+                Ok(replayed) => return Ok(replayed),
+                Err(Obstacle::Changed) => {}
+                Err(Obstacle::ReadOnlyInVram) => {
                     let all = region..region + REGION_BYTES;
                     let cause = trace::Cause::GpuFault;
-                    if self.to_ram(&mut service.migration, mm, all, cause).is_err() {
-                        return Err(Failure::Again);
+                    self.to_ram(&mut service.migration, mm, all, cause)?;
+                }
+                Err(Obstacle::Shared) => {
+                    let taken = self.take_from_cpu(service, mm, region, &wanted.atomics());
+                    // Files and huge pages of hugetlbfs: mm has no way to keep the CPU from them. The
+                    // GPU's atomics are atomic towards the CPU's (hardware manual, section 7.3).
+                    if taken.err().is_some_and(is_not_anonymous) {
+                        wanted.shared_atomics = true;
+                    } else {
+                        taken?;
                     }
                 }
-                Err(e) if e == EFAULT || e == EPERM || e == EINVAL => {
-                    return Err(Failure::NoAccess)
-                }
-                Err(_) => return Err(Failure::Again),
-                Ok(replayed) => return Ok(replayed),
+                Err(Obstacle::Error(error)) => return Err(error),
             }
         }
-        Err(Failure::Again)
+        Err(EBUSY)
     }
 }
 

@@ -7,7 +7,7 @@
 use super::{fault::Fault, residence::Pagemap, Service, Space, REGION_BYTES};
 use crate::{
     kapi::{hmm::HmmPfn, mm::MmapLock},
-    svm::page_table::{Entries, Supplies},
+    svm::page_table::{Entries, PageSet, Supplies},
     uapi::Advice,
     vram::{VramPage, BLOCK_ORDER, BLOCK_PAGES},
 };
@@ -17,11 +17,40 @@ use farfault_protocol::{
     event::Access,
     pte::{Location, Pte},
 };
-use kernel::{mm::MmWithUser, page::PAGE_SHIFT, prelude::*};
+use kernel::{
+    mm::MmWithUser,
+    page::{PAGE_SHIFT, PAGE_SIZE},
+    prelude::*,
+};
 
 /// Size, in pages, of the aligned group around a fault that is mapped along with it, as far as the
 /// CPU has the pages already.
 const MAP_AROUND: usize = BLOCK_PAGES / u64::BITS as usize;
+
+/// Of a page that is to be mapped if the CPU has it.
+const IF_THERE: u8 = u8::MAX;
+
+/// Why an attempt to map pages failed.
+pub(super) enum Obstacle {
+    /// The range changed meanwhile: look again.
+    Changed,
+    /// A page in VRAM that is read-only there, and mm will not make it writable where it is: at home
+    /// it can.
+    ReadOnlyInVram,
+    /// A page in RAM for an atomic access, which the GPU needs for itself ([`super::exclusive`]).
+    Shared,
+    /// Anything else. `EFAULT`, `EPERM` or `EINVAL`: it is not there, or not for this access.
+    Error(Error),
+}
+
+impl From<Error> for Obstacle {
+    fn from(error: Error) -> Self {
+        if error == EBUSY {
+            return Self::Changed;
+        }
+        Self::Error(error)
+    }
+}
 
 impl Space {
     /// A snapshot without faults, to be believed by nobody who must be right.
@@ -40,7 +69,7 @@ impl Space {
     }
 
     /// Tables for a mapping at `address`, where some may be missing.
-    fn supplies(&self, address: usize) -> Result<Supplies> {
+    pub(super) fn supplies(&self, address: usize) -> Result<Supplies> {
         let tables = self.mirror.lock();
         let table = tables.table.as_ref().ok_or(ENODEV)?;
         let (lacks, crowded) = (table.lacks_tables(address), self.gpu.is_crowded(table));
@@ -74,7 +103,42 @@ impl Space {
         let _ = self.try_map(service, mm, region, &Wanted::near(pages), None);
     }
 
-    /// One attempt. `EBUSY`: the range changed meanwhile. `EXDEV`: see `map_faults`.
+    /// Which pages of a range of up to [`BLOCK_PAGES`] are mapped, by their index in the range.
+    pub(super) fn mapped_pages(&self, range: Range<usize>) -> Result<PageSet> {
+        let tables = self.mirror.lock();
+        let table = tables.table.as_ref().ok_or(ENODEV)?;
+        let mut set = PageSet::EMPTY;
+        for (index, address) in range.step_by(PAGE_SIZE).enumerate() {
+            let region = address & !(REGION_BYTES - 1);
+            if table.mapped(region).has((address - region) >> PAGE_SHIFT) {
+                set.insert(index);
+            }
+        }
+        Ok(set)
+    }
+
+    /// Maps those of the [`BLOCK_PAGES`] pages from `start` on that `pages` names by their index, as far
+    /// as the CPU has them.
+    pub(super) fn map_if_there(
+        &self,
+        service: &mut Service,
+        mm: &MmWithUser,
+        start: usize,
+        pages: &PageSet,
+    ) {
+        let region = start & !(REGION_BYTES - 1);
+        let first = (start - region) >> PAGE_SHIFT;
+        let (here, next) = pages.split_at(first);
+        for (region, pages) in [(region, here), (region + REGION_BYTES, next)] {
+            if !pages.is_empty() {
+                // Where it does not work out, the GPU faults.
+                let _ = self.try_map(service, mm, region, &Wanted::if_there(&pages), None);
+            }
+        }
+    }
+
+    /// One attempt to make the CPU have the wanted pages and to map them; also what there is near
+    /// them. Returns whether the replay that `through` asks for was sent along.
     pub(super) fn try_map(
         &self,
         service: &mut Service,
@@ -82,7 +146,7 @@ impl Space {
         region: usize,
         wanted: &Wanted,
         through: Option<u64>,
-    ) -> Result<bool> {
+    ) -> Result<bool, Obstacle> {
         let mut supplies = self.supplies(region)?;
         let result = self.try_map_with(service, mm, region, wanted, through, &mut supplies);
         supplies.give_back(&self.gpu.vram);
@@ -97,12 +161,15 @@ impl Space {
         wanted: &Wanted,
         through: Option<u64>,
         supplies: &mut Supplies,
-    ) -> Result<bool> {
+    ) -> Result<bool, Obstacle> {
         let map = self.gpu.pagemap()?;
+        let exclusive = self.exclusive_pages(region)?;
+        // What the GPU has for itself it has mapped with all rights; to look for it is to lose it.
+        let access = |index| wanted.access(index).filter(|_| !exclusive.has(index));
         // From the region's begin on: hmm reports a huge page of VRAM wrongly to who starts in it.
         let count = wanted.end();
         for (index, pfn) in service.pfns.iter_mut().enumerate() {
-            *pfn = match wanted.access(index) {
+            *pfn = match access(index) {
                 None => HmmPfn::NONE,
                 Some(access) => HmmPfn::request(true, access != Access::Read),
             };
@@ -119,21 +186,21 @@ impl Space {
             &mut service.pfns,
         )?;
         drop(lock);
-        let mut valid = snapshot.lock().ok_or(EBUSY)?;
+        let mut valid = snapshot.lock().ok_or(Obstacle::Changed)?;
 
         let table = valid.state().table.as_ref().ok_or(ENODEV)?;
         let mapped = table.mapped(region);
-        let is_mapped = |index: usize| mapped[index / 64] & (1 << (index % 64)) != 0;
 
         let head = valid.pfns().first().copied().unwrap_or(HmmPfn::NONE);
         let huge = head.is_valid() && !head.is_error() && head.order() >= BLOCK_ORDER;
+        let huge = huge && !(wanted.alone && wanted.is_part());
         for (index, slot) in service.entries.iter_mut().enumerate() {
             *slot = Pte::EMPTY;
             // A huge entry stands for all.
             let (access, used) = if huge {
                 (wanted.strongest(), index == 0)
             } else {
-                (wanted.access(index), index < count && wanted.is_near(index))
+                (access(index), index < count && wanted.is_near(index))
             };
             if !used {
                 continue;
@@ -141,19 +208,28 @@ impl Space {
             let write = access.is_some_and(|a| a != Access::Read);
             let address = region + (index << PAGE_SHIFT);
             // What is mapped already may be so with more rights.
-            if access.is_none() && (is_mapped(index) || !advised.contains(&address)) {
+            if mapped.has(index) && !write {
                 continue;
             }
-            let Some(leaf) = valid.pfns().get(index).and_then(|&p| leaf(&map, p, write)) else {
+            let near = access.is_none() && !wanted.alone;
+            if near && !advised.contains(&address) {
+                continue;
+            }
+            let atomic = wanted.shared_atomics && access == Some(Access::Atomic);
+            let pfn = valid.pfns().get(index);
+            let Some(leaf) = pfn.and_then(|&pfn| leaf(&map, pfn, write, atomic)) else {
                 if access.is_some() {
-                    return Err(EFAULT);
+                    return Err(EFAULT.into());
                 }
                 continue;
             };
             if write && !leaf.has(Pte::WRITABLE) {
-                return Err(EXDEV);
+                return Err(Obstacle::ReadOnlyInVram);
             }
-            if access.is_none() && movable && !is_at_its_place(leaf, advice) {
+            if access == Some(Access::Atomic) && !leaf.has(Pte::ATOMIC) {
+                return Err(Obstacle::Shared);
+            }
+            if near && movable && !is_at_its_place(leaf, advice) {
                 // Its own fault moves it.
                 continue;
             }
@@ -191,43 +267,76 @@ impl Space {
 }
 
 /// The leaf for a page as the CPU has it; memory of others and what is not there has none. RAM is
-/// mapped for stores only where the GPU wants to store: else the page would count as dirty.
-fn leaf(map: &Pagemap, pfn: HmmPfn, write: bool) -> Option<Pte> {
+/// mapped for stores only where the GPU wants to store: else the page would count as dirty; and for
+/// atomics only where `atomic` says so.
+fn leaf(map: &Pagemap, pfn: HmmPfn, write: bool, atomic: bool) -> Option<Pte> {
     if !pfn.is_valid() || pfn.is_error() {
         return None;
     }
     let frame = pfn.pfn()?;
-    let (location, writable) = match map.lookup(frame) {
+    let leaf = match map.lookup(frame) {
         Some(page) => {
-            let page = VramPage::from(page);
-            (Location::Vram(page.address()), pfn.is_writable())
+            let flags = if pfn.is_writable() {
+                Pte::WRITABLE | Pte::ATOMIC
+            } else {
+                0
+            };
+            Pte::leaf(Location::Vram(VramPage::from(page).address()), flags)
         }
         None => {
-            let address = SystemAddr::new(frame.phys());
-            (Location::System(address), pfn.is_writable() && write)
+            let flags = match (pfn.is_writable() && write, atomic) {
+                (true, true) => Pte::WRITABLE | Pte::ATOMIC,
+                (true, false) => Pte::WRITABLE,
+                (false, _) => 0,
+            };
+            Pte::leaf(Location::System(SystemAddr::new(frame.phys())), flags)
         }
     };
-    let flags = if writable {
-        Pte::WRITABLE | Pte::ATOMIC
-    } else {
-        0
-    };
-    Some(Pte::leaf(location, flags))
+    Some(leaf)
 }
 
 /// Which pages of a region are to be mapped. Its groups are as many as a word has bits.
 pub(super) struct Wanted {
-    /// By page: raw [`Access`], the strongest, or zero.
+    /// By page: raw [`Access`], the strongest; [`IF_THERE`]; or zero.
     pages: [u8; BLOCK_PAGES],
     /// By group of [`MAP_AROUND`] pages: one of them faulted.
     pub(super) groups: u64,
+    /// Nothing that is only near is mapped along.
+    alone: bool,
+    /// RAM that the CPU has, too, may be mapped for atomics.
+    pub(super) shared_atomics: bool,
 }
 
 impl Wanted {
     const NOTHING: Self = Self {
         pages: [0; BLOCK_PAGES],
         groups: 0,
+        alone: false,
+        shared_atomics: false,
     };
+
+    /// These pages, for one kind of access, and no other.
+    pub(super) fn pages(pages: Range<usize>, access: Access) -> Self {
+        let mut wanted = Self::near(pages.clone());
+        wanted.alone = true;
+        if let Some(part) = wanted.pages.get_mut(pages) {
+            part.fill(access.raw());
+        }
+        wanted
+    }
+
+    /// These pages as far as they are there, and no other.
+    pub(super) fn if_there(set: &PageSet) -> Self {
+        let mut wanted = Self::NOTHING;
+        wanted.alone = true;
+        for (index, page) in wanted.pages.iter_mut().enumerate() {
+            if set.has(index) {
+                *page = IF_THERE;
+                wanted.groups |= 1 << (index / MAP_AROUND);
+            }
+        }
+        wanted
+    }
 
     /// What the faults of one region want, and what is near them.
     pub(super) fn of(faults: &[Fault]) -> Self {
@@ -265,11 +374,30 @@ impl Wanted {
         Access::from_raw(*self.pages.get(index)?)
     }
 
+    /// Whether some page of the region is not wanted.
+    fn is_part(&self) -> bool {
+        self.pages.contains(&0)
+    }
+
     fn strongest(&self) -> Option<Access> {
         Access::from_raw(*self.pages.iter().max()?)
     }
 
+    /// The pages that are wanted for atomics.
+    pub(super) fn atomics(&self) -> PageSet {
+        let mut set = PageSet::EMPTY;
+        for (index, &access) in self.pages.iter().enumerate() {
+            if access == Access::Atomic.raw() {
+                set.insert(index);
+            }
+        }
+        set
+    }
+
     fn is_near(&self, index: usize) -> bool {
+        if self.alone {
+            return self.pages.get(index).is_some_and(|&page| page != 0);
+        }
         self.groups & (1 << (index / MAP_AROUND)) != 0
     }
 }

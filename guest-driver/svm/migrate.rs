@@ -8,12 +8,12 @@
 //!
 //! After a migration nothing is mapped on the GPU; a fault does that, or `Space::map_ahead`.
 
-use super::{residence::Pagemap, Space, REGION_BYTES};
+use super::{page_table::PageSet, residence::Pagemap, Space, REGION_BYTES};
 use crate::{
     gpu::Gpu,
     kapi::{
         folio::{PMD_ORDER, PMD_PAGES, PMD_SIZE},
-        migrate::{Collected, Entry, Scratch, Source},
+        migrate::{Collected, Entry, Migrated, Scratch, Source},
         mm::MmapLock,
         signal::fatal_signal_pending,
         trace::{self, Cause, Direction},
@@ -31,8 +31,17 @@ use kernel::{
     mm::MmWithUser,
     page::{PAGE_SHIFT, PAGE_SIZE},
     prelude::*,
+    sync::atomic::Relaxed,
     time::{Instant, Monotonic},
 };
+
+/// What came home.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Home {
+    pub(crate) pages: usize,
+    /// Huge ones count once.
+    pub(crate) folios: usize,
+}
 
 /// What a request of the user did, in pages.
 #[derive(Default)]
@@ -61,9 +70,12 @@ impl Space {
                 uapi::Place::Vram => {
                     let m = self.to_vram(&mut service.migration, &mm, at..end, Cause::Request)?;
                     self.map_ahead(&mut service, &mm, at..end);
-                    m
+                    m.len()
                 }
-                _ => self.to_ram(&mut service.migration, &mm, at..end, Cause::Request)?,
+                _ => {
+                    self.to_ram(&mut service.migration, &mm, at..end, Cause::Request)?
+                        .pages
+                }
             };
             let in_vram = self.count_in_vram(&mut service, &mm, at..end)?;
             drop(service);
@@ -84,14 +96,59 @@ impl Space {
         Ok(total)
     }
 
-    /// Moves what can be moved of a range, inside one region, to VRAM. Returns how many pages moved.
+    /// Moves what can be moved of a range to VRAM, and maps for the GPU what moved and what was mapped
+    /// before. `EINVAL`: part of it is not mapped, not readable, or of a kind that cannot migrate; what
+    /// is before that part was moved.
+    pub(crate) fn migrate_parts_to_vram(&self, range: Range<usize>) -> Result {
+        let mm = self.mm()?;
+        let mut at = range.start;
+        while at < range.end {
+            let part = at..part_end(&mm, at, range.end)?;
+            let mut service = self.service()?;
+            let mut kept = self.mapped_pages(part.clone())?;
+            let moved = self.to_vram(&mut service.migration, &mm, part.clone(), Cause::Request)?;
+            kept.extend(&moved);
+            self.map_if_there(&mut service, &mm, part.start, &kept);
+            drop(service);
+            at = part.end;
+            self.gpu.usable()?;
+            if fatal_signal_pending() {
+                return Err(EINTR);
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings what can come of a range home. Returns how many folios came. Errors as for
+    /// [`Space::migrate_parts_to_vram`], and `ENOMEM`.
+    pub(crate) fn migrate_parts_to_ram(&self, range: Range<usize>) -> Result<usize> {
+        let mm = self.mm()?;
+        let mut folios = 0;
+        let mut at = range.start;
+        while at < range.end {
+            let end = part_end(&mm, at, range.end)?;
+            let mut service = self.service()?;
+            let home = self.to_ram(&mut service.migration, &mm, at..end, Cause::Request)?;
+            drop(service);
+            folios += home.folios;
+            at = end;
+            self.gpu.usable()?;
+            if fatal_signal_pending() {
+                return Err(EINTR);
+            }
+        }
+        Ok(folios)
+    }
+
+    /// Moves what can be moved of a range of at most [`BLOCK_PAGES`] pages to VRAM. Returns the pages
+    /// that moved, by their index in the range.
     pub(super) fn to_vram(
         &self,
         scratch: &mut Scratch,
         mm: &MmWithUser,
         range: Range<usize>,
         cause: Cause,
-    ) -> Result<usize> {
+    ) -> Result<PageSet> {
         let started = Instant::<Monotonic>::now();
         let map = self.gpu.pagemap()?;
         // Before the mmap lock is taken: it may bring pages of other processes home.
@@ -99,40 +156,47 @@ impl Space {
             .gpu
             .make_room(self.context, range.len() >> PAGE_SHIFT)?;
         let lock = MmapLock::read(mm);
-        let mut moved = 0;
+        let mut moved = PageSet::EMPTY;
         let mut at = range.start;
         while let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < range.end) {
             let part = at.max(vma.start())..range.end.min(vma.end());
             at = part.end;
-            if vma.is_anonymous() && vma.is_readable() && vma.can_migrate() {
+            let asked = matches!(cause, Cause::Request);
+            // Of a private mapping of a file, the pages that were written can move.
+            let movable = vma.is_anonymous() || (asked && !vma.is_shared());
+            if movable && vma.is_readable() && vma.can_migrate() {
+                let first = (part.start - range.start) >> PAGE_SHIFT;
                 let collected = Collected::system_to_device(&vma, part, map.owner(), scratch)?;
-                moved += self.upload(&map, collected, &mut room)?;
+                let migrated = self.upload(&map, collected, &mut room)?;
+                for (index, order) in migrated.entries() {
+                    (index..index + (1 << order)).for_each(|i| moved.insert(first + i));
+                }
             }
             if at >= range.end {
                 break;
             }
         }
         drop(lock);
-        self.count(|c| &c.pages_to_vram, moved as u64);
-        self.finish(range, Direction::ToDevice, cause, moved, started);
+        self.count(|c| &c.pages_to_vram, moved.len() as u64);
+        self.finish(range, Direction::ToDevice, cause, moved.len(), started);
         Ok(moved)
     }
 
     /// Copies what was collected to VRAM, as far as there is room, and lets it move.
-    fn upload(
+    fn upload<'a>(
         &self,
         map: &Pagemap,
-        mut collected: Collected<'_>,
+        mut collected: Collected<'a>,
         room: &mut Reservation<'_>,
-    ) -> Result<usize> {
+    ) -> Result<Migrated<'a>> {
         let mut copies = CopyList::new(PMD_PAGES, self.gpu.limits.max_copy_run)?;
         let mut index = 0;
         while let Some(entry) = collected.next_entry(index) {
             index = entry.index + (1 << entry.order);
-            give_room(&self.gpu, map, &mut collected, entry, room, &mut copies)?;
+            self.give_room(map, &mut collected, entry, room, &mut copies)?;
         }
         self.gpu.copy(copies)?;
-        Ok(collected.pages().count())
+        Ok(collected.pages())
     }
 
     /// Brings the pages of a range, inside one region, home. Returns how many.
@@ -142,7 +206,7 @@ impl Space {
         mm: &MmWithUser,
         range: Range<usize>,
         cause: Cause,
-    ) -> Result<usize> {
+    ) -> Result<Home> {
         self.some_to_ram(scratch, mm, range, cause, |_| true)
     }
 
@@ -154,11 +218,11 @@ impl Space {
         range: Range<usize>,
         cause: Cause,
         wanted: impl Fn(VramPage) -> bool,
-    ) -> Result<usize> {
+    ) -> Result<Home> {
         let started = Instant::<Monotonic>::now();
         let map = self.gpu.pagemap()?;
         let lock = MmapLock::read(mm);
-        let mut moved = 0;
+        let mut home = Home::default();
         let mut at = range.start;
         while at < range.end {
             let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < range.end) else {
@@ -170,13 +234,75 @@ impl Space {
                 continue;
             }
             let mut collected = Collected::device_to_system(&vma, part, map.owner(), scratch)?;
-            download(&self.gpu, &map, &mut collected, &wanted)?;
-            moved += collected.pages().count();
+            let fails = || self.takes_failure();
+            download(&self.gpu, &map, &mut collected, &wanted, fails)?;
+            for (_, order) in collected.pages().entries() {
+                home.pages += 1 << order;
+                home.folios += 1;
+            }
         }
         drop(lock);
-        self.count(|c| &c.pages_to_ram, moved as u64);
-        self.finish(range, Direction::ToSystem, cause, moved, started);
-        Ok(moved)
+        self.count(|c| &c.pages_to_ram, home.pages as u64);
+        self.finish(range, Direction::ToSystem, cause, home.pages, started);
+        Ok(home)
+    }
+
+    /// Gives one collected entry destinations in VRAM, as far as there is room, and lists the copies.
+    fn give_room(
+        &self,
+        map: &Pagemap,
+        collected: &mut Collected<'_>,
+        entry: Entry,
+        room: &mut Reservation<'_>,
+        copies: &mut CopyList,
+    ) -> Result {
+        let vram = &self.gpu.vram;
+        let address = collected.address(entry.index);
+        let source = match entry.source {
+            Source::Page(pfn) => Some(pfn.phys()),
+            Source::Hole => None,
+        };
+        let run = |to: VramAddr, offset: u64, bytes: usize| match source {
+            Some(from) => CopyRun::upload(SystemAddr::new(from + offset), to, bytes as u32),
+            None => CopyRun::fill(0, to, bytes as u32),
+        };
+        let fails = self.takes_failure();
+        if fails && entry.order == 0 {
+            return Ok(());
+        }
+        if entry.order == PMD_ORDER {
+            if let Some(block) = (!fails).then(|| room.block()).flatten() {
+                let folio = map.init_folio(block.into(), PMD_ORDER)?;
+                vram.put_at(block, PMD_ORDER, address);
+                if collected.set_device(entry.index, folio).is_ok() {
+                    copies.push(run(block.address(), 0, PMD_SIZE))?;
+                }
+                return Ok(());
+            }
+            if room.len() < PMD_PAGES {
+                // Part of a huge page would split it for little.
+                return Ok(());
+            }
+        }
+        for i in 0..1usize << entry.order {
+            let Some(page) = room.page() else { break };
+            let folio = map.init_folio(page.into(), 0)?;
+            vram.put_at(page, 0, address + (i << PAGE_SHIFT));
+            if collected.set_device(entry.index + i, folio).is_ok() {
+                copies.push(run(page.address(), (i << PAGE_SHIFT) as u64, PAGE_SIZE))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the next allocation for a migration fail, once.
+    pub(crate) fn fail_next_allocation(&self, fail: bool) {
+        self.fail_next.store(fail, Relaxed);
+    }
+
+    /// Whether this allocation is the one that fails.
+    pub(crate) fn takes_failure(&self) -> bool {
+        self.fail_next.load(Relaxed) && self.fail_next.xchg(false, Relaxed)
     }
 
     fn finish(
@@ -202,56 +328,24 @@ impl Space {
     }
 }
 
-/// Gives one collected entry destinations in VRAM, as far as there is room, and lists the copies.
-fn give_room(
-    gpu: &Gpu,
-    map: &Pagemap,
-    collected: &mut Collected<'_>,
-    entry: Entry,
-    room: &mut Reservation<'_>,
-    copies: &mut CopyList,
-) -> Result {
-    let address = collected.address(entry.index);
-    let source = match entry.source {
-        Source::Page(pfn) => Some(pfn.phys()),
-        Source::Hole => None,
-    };
-    let run = |to: VramAddr, offset: u64, bytes: usize| match source {
-        Some(from) => CopyRun::upload(SystemAddr::new(from + offset), to, bytes as u32),
-        None => CopyRun::fill(0, to, bytes as u32),
-    };
-    if entry.order == PMD_ORDER {
-        if let Some(block) = room.block() {
-            let folio = map.init_folio(block.into(), PMD_ORDER)?;
-            gpu.vram.put_at(block, PMD_ORDER, address);
-            if collected.set_device(entry.index, folio).is_ok() {
-                copies.push(run(block.address(), 0, PMD_SIZE))?;
-            }
-            return Ok(());
-        }
-        if room.len() < PMD_PAGES {
-            // Part of a huge page would split it for little.
-            return Ok(());
-        }
-    }
-    for i in 0..1usize << entry.order {
-        let Some(page) = room.page() else { break };
-        let folio = map.init_folio(page.into(), 0)?;
-        gpu.vram.put_at(page, 0, address + (i << PAGE_SHIFT));
-        if collected.set_device(entry.index + i, folio).is_ok() {
-            copies.push(run(page.address(), (i << PAGE_SHIFT) as u64, PAGE_SIZE))?;
-        }
-    }
-    Ok(())
+/// Where the part of a range from `at` on ends that migrates at once. `EINVAL`: there is nothing that
+/// could migrate.
+fn part_end(mm: &MmWithUser, at: usize, end: usize) -> Result<usize> {
+    let lock = MmapLock::read(mm);
+    let vma = lock.vma_lookup(at).filter(|vma| vma.is_readable());
+    let vma = vma.filter(|vma| vma.can_migrate()).ok_or(EINVAL)?;
+    Ok(end.min(at.saturating_add(REGION_BYTES)).min(vma.end()))
 }
 
 /// Gives the collected pages that `wanted` names destinations in RAM and copies them there.
-/// `ENOMEM`: there is no memory for any of them. Any other error is the device's.
+/// `ENOMEM`: there is no memory for any of them, or `fails` said so of one. Any other error is the
+/// device's.
 pub(super) fn download(
     gpu: &Gpu,
     map: &Pagemap,
     collected: &mut Collected<'_>,
     wanted: impl Fn(VramPage) -> bool,
+    fails: impl Fn() -> bool,
 ) -> Result {
     let mut copies = CopyList::new(PMD_PAGES, gpu.limits.max_copy_run)?;
     let mut short = false;
@@ -267,8 +361,12 @@ pub(super) fn download(
         let mut order = entry.order;
         let mut done = 0;
         while done < 1 << entry.order {
-            let folio = collected.alloc_folio(entry.index + done, order);
-            let Some(folio) = folio else {
+            let failed = fails();
+            if failed && order == 0 {
+                return Err(ENOMEM);
+            }
+            let folio = (!failed).then(|| collected.alloc_folio(entry.index + done, order));
+            let Some(folio) = folio.flatten() else {
                 if order == 0 {
                     short = true;
                     break;

@@ -7,6 +7,8 @@
 //! | `mirror` | the MMU notifier: what the CPU unmaps, the GPU unmaps |
 //! | `page_table` | the GPU's tables, as commands |
 //! | `fault` | GPU faults: from the event to the replay |
+//! | `exclusive` | pages in RAM that the GPU alone may use |
+//! | `access` | the driver's own reads and writes through the GPU |
 //! | `map` | from the CPU's page tables to the GPU's |
 //! | `migrate` | pages to VRAM and home, for one address space |
 //! | `residence` | what mm asks of a page in VRAM: the CPU's fault, the last reference |
@@ -16,6 +18,7 @@
 //!
 //! # Locks, in the order in which they are taken
 //!
+//! 0. `Space::access`: one of the driver's own jobs of an address space at a time.
 //! 1. `Space::service`: one fault batch, migration or query of an address space at a time. Not taken
 //!    for a CPU fault or an invalidation.
 //! 2. the mmap lock of a process, for reading; page locks below it belong to mm.
@@ -26,8 +29,10 @@
 //!
 //! An eviction takes the mmap lock of another process: so nobody makes room in VRAM while holding 2.
 
+pub(crate) mod access;
 pub(crate) mod advice;
 pub(crate) mod evict;
+pub(crate) mod exclusive;
 pub(crate) mod fault;
 pub(crate) mod jobs;
 pub(crate) mod map;
@@ -38,6 +43,7 @@ pub(crate) mod query;
 pub(crate) mod residence;
 
 use self::{
+    access::Running,
     advice::AdviceMap,
     fault::{Fault, Pending},
     jobs::{Jobs, Outcome},
@@ -110,6 +116,8 @@ pub(crate) struct Space {
     closing: Atomic<bool>,
     /// It has ended on the device.
     closed: Atomic<bool>,
+    /// For tests: the next allocation for a migration fails.
+    fail_next: Atomic<bool>,
     pub(crate) counters: Arc<Counters>,
     #[pin]
     pub(crate) jobs: Jobs,
@@ -117,6 +125,10 @@ pub(crate) struct Space {
     advice: Mutex<AdviceMap>,
     #[pin]
     pending: SpinLock<Pending>,
+    #[pin]
+    access: Mutex<()>,
+    #[pin]
+    running: Mutex<Option<Running>>,
     #[pin]
     service: Mutex<Service>,
     #[pin]
@@ -166,10 +178,13 @@ impl Space {
                 context,
                 closing: Atomic::new(false),
                 closed: Atomic::new(false),
+                fail_next: Atomic::new(false),
                 counters,
                 jobs <- Jobs::new(),
                 advice <- new_mutex!(AdviceMap::new()),
                 pending <- new_spinlock!(Pending::new()?),
+                access <- new_mutex!(()),
+                running <- new_mutex!(None),
                 service <- new_mutex!(Service::new()?),
                 work <- new_work!("farfault_fault"),
                 // Last: callbacks come as soon as it is there.
@@ -257,6 +272,11 @@ impl Space {
     /// Starts a job and returns its fence.
     pub(crate) fn submit(&self, kernel: u32, waves: u32, arguments: [u64; 4]) -> Result<u64> {
         let fence = self.gpu.new_fence();
+        self.launch(fence, kernel, waves, arguments)?;
+        Ok(fence)
+    }
+
+    fn launch(&self, fence: u64, kernel: u32, waves: u32, arguments: [u64; 4]) -> Result {
         self.jobs.begin(fence)?;
         let launch = Launch {
             header: CommandHeader::new(Opcode::Launch.raw(), size_of::<Launch>() as u32),
@@ -276,7 +296,7 @@ impl Space {
                 return Err(EIO);
             }
         }
-        launched.map(|()| fence)
+        launched
     }
 
     /// Ends a job. `ENOENT`: there is no such job.

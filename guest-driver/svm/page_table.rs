@@ -19,7 +19,7 @@ use crate::{
 use core::ops::Range;
 use farfault_protocol::{
     address::{GpuVa, VramAddr, HUGE_PAGE_SHIFT, HUGE_PAGE_SIZE},
-    pte::{self, Pte, ENTRIES, ENTRY_SIZE, ROOT_LEVEL},
+    pte::{self, Location, Pte, ENTRIES, ENTRY_SIZE, ROOT_LEVEL},
 };
 use kernel::{
     page::{PAGE_SHIFT, PAGE_SIZE},
@@ -31,34 +31,85 @@ use kernel::{
 const MOST_MISSING: usize = ROOT_LEVEL as usize;
 const WORDS: usize = BLOCK_PAGES / 64;
 
+/// Pages of one region, by index.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PageSet([u64; WORDS]);
+
+impl PageSet {
+    pub(crate) const EMPTY: Self = Self([0; WORDS]);
+    const FULL: Self = Self([u64::MAX; WORDS]);
+
+    pub(crate) fn has(&self, index: usize) -> bool {
+        self.0[index / 64] & (1 << (index % 64)) != 0
+    }
+
+    pub(crate) fn insert(&mut self, index: usize) {
+        self.0[index / 64] |= 1 << (index % 64);
+    }
+
+    pub(crate) fn extend(&mut self, other: &Self) {
+        for (word, other) in self.0.iter_mut().zip(other.0) {
+            *word |= other;
+        }
+    }
+
+    /// The set moved up by `first` pages: what is still in the region, and what is in the next.
+    pub(crate) fn split_at(&self, first: usize) -> (Self, Self) {
+        let (mut here, mut next) = (Self::EMPTY, Self::EMPTY);
+        for index in (0..BLOCK_PAGES).filter(|&index| self.has(index)) {
+            match (index + first).checked_sub(BLOCK_PAGES) {
+                None => here.insert(index + first),
+                Some(index) => next.insert(index),
+            }
+        }
+        (here, next)
+    }
+
+    fn remove(&mut self, index: usize) {
+        self.0[index / 64] &= !(1 << (index % 64));
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        *self == Self::EMPTY
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.iter().map(|word| word.count_ones() as usize).sum()
+    }
+}
+
 /// The 2 MiB of addresses that a level-1 entry maps.
 struct Region {
     /// Its level-0 table, linked unless `huge`.
     table: Option<VramPage>,
     /// The level-1 entry is a leaf.
     huge: bool,
-    /// By page: the level-0 entry is valid.
-    mapped: [u64; WORDS],
+    /// Pages whose level-0 entry is valid.
+    mapped: PageSet,
+    /// Of these, the ones in RAM that are open to the GPU's atomics: but for files, its alone.
+    exclusive: PageSet,
 }
 
 impl Region {
     const EMPTY: Self = Self {
         table: None,
         huge: false,
-        mapped: [0; WORDS],
+        mapped: PageSet::EMPTY,
+        exclusive: PageSet::EMPTY,
     };
 
-    fn is_mapped(&self, index: usize) -> bool {
-        self.mapped[index / 64] & (1 << (index % 64)) != 0
+    fn set_mapped(&mut self, index: usize, exclusive: bool) {
+        self.mapped.insert(index);
+        if exclusive {
+            self.exclusive.insert(index);
+        } else {
+            self.exclusive.remove(index);
+        }
     }
 
-    fn set_mapped(&mut self, index: usize, mapped: bool) {
-        let bit = 1 << (index % 64);
-        if mapped {
-            self.mapped[index / 64] |= bit;
-        } else {
-            self.mapped[index / 64] &= !bit;
-        }
+    fn set_unmapped(&mut self, index: usize) {
+        self.mapped.remove(index);
+        self.exclusive.remove(index);
     }
 }
 
@@ -183,13 +234,19 @@ impl PageTable {
         }
     }
 
-    /// Which pages of the region of `address` are mapped, a bit for each.
-    pub(crate) fn mapped(&self, address: usize) -> [u64; WORDS] {
+    /// Which pages of the region of `address` are mapped.
+    pub(crate) fn mapped(&self, address: usize) -> PageSet {
         match self.regions.get(&(address as u64 >> HUGE_PAGE_SHIFT)) {
-            Some(region) if region.huge => [u64::MAX; WORDS],
+            Some(region) if region.huge => PageSet::FULL,
             Some(region) => region.mapped,
-            None => [0; WORDS],
+            None => PageSet::EMPTY,
         }
+    }
+
+    /// Which of them are in RAM and open to the GPU's atomics.
+    pub(crate) fn exclusive(&self, address: usize) -> PageSet {
+        let region = self.regions.get(&(address as u64 >> HUGE_PAGE_SHIFT));
+        region.map_or(PageSet::EMPTY, |region| region.exclusive)
     }
 
     /// The table of `level` (1 or 2) for `va`, made and linked if need be.
@@ -240,12 +297,18 @@ impl PageTable {
             self.regions.insert(node.into_node(key, Region::EMPTY));
         }
         let region = self.regions.get_mut(&key).ok_or(EINVAL)?;
-        let replaced = region.huge || region.mapped != [0; WORDS];
+        // Entries for other pages were cleared before: what is mapped can only get more rights, or
+        // leaves of another size (hardware manual, section 7.7).
+        let resized = match &entries {
+            Entries::Huge(_) => !region.mapped.is_empty(),
+            Entries::Small(_) => region.huge,
+        };
         let mapped = match entries {
             Entries::Huge(leaf) => {
                 batch.write_ptes(level1_entry, leaf, 0, 1)?;
                 region.huge = true;
-                region.mapped = [0; WORDS];
+                region.mapped = PageSet::EMPTY;
+                region.exclusive = PageSet::EMPTY;
                 BLOCK_PAGES
             }
             Entries::Small(entries) => {
@@ -257,7 +320,7 @@ impl PageTable {
                         *region.table.insert(table)
                     }
                 };
-                let linked = !region.huge && region.mapped != [0; WORDS];
+                let linked = !region.huge && !region.mapped.is_empty();
                 if !linked {
                     // It may hold entries of before: clear it, then show it.
                     write_zero_table(batch, table)?;
@@ -267,8 +330,7 @@ impl PageTable {
                 write_small(region, table, entries, batch)?
             }
         };
-        if replaced {
-            // Stronger rights than before, or another size: forget what is cached.
+        if resized {
             batch.invalidate(self.context, va, HUGE_PAGE_SIZE)?;
         }
         Ok(mapped)
@@ -376,8 +438,10 @@ fn write_small(
             step,
             count as u32,
         )?;
+        // Of RAM, the GPU may use atomics on nothing else.
+        let exclusive = first.has(Pte::ATOMIC) && matches!(first.location(), Location::System(_));
         for i in index..index + count {
-            region.set_mapped(i, true);
+            region.set_mapped(i, exclusive);
         }
         mapped += count;
         index += count;
@@ -397,13 +461,13 @@ fn clear_small(
     let mut touched: Option<Range<usize>> = None;
     let mut index = pages.start;
     while index < pages.end {
-        if !region.is_mapped(index) {
+        if !region.mapped.has(index) {
             index += 1;
             continue;
         }
         let first = index;
-        while index < pages.end && region.is_mapped(index) {
-            region.set_mapped(index, false);
+        while index < pages.end && region.mapped.has(index) {
+            region.set_unmapped(index);
             index += 1;
         }
         batch.write_ptes(

@@ -44,6 +44,56 @@ impl Space {
         Ok(())
     }
 
+    /// What the CPU's page tables have of a range, inside one region, at one moment; page by page,
+    /// with whether it is in the GPU's VRAM. Addresses where nothing is mapped have an error entry.
+    pub(crate) fn snapshot(
+        &self,
+        range: Range<usize>,
+        mut each: impl FnMut(HmmPfn, bool),
+    ) -> Result {
+        let mm = self.mm()?;
+        let map = self.gpu.pagemap()?;
+        let mut service = self.service()?;
+        let first = first_index(range.start);
+        let span = region(range.start)..range.end;
+        for _ in 0..ATTEMPTS {
+            service.pfns.iter_mut().for_each(|p| *p = HmmPfn::NONE);
+            let lock = MmapLock::read(&mm);
+            let snapshot =
+                self.mirror
+                    .range_fault(&lock, span.clone(), map.owner(), &mut service.pfns);
+            drop(lock);
+            let snapshot = match snapshot {
+                Err(e) if e == EBUSY => continue,
+                snapshot => snapshot?,
+            };
+            let Some(valid) = snapshot.lock() else {
+                continue;
+            };
+            let pages = valid.pfns().iter().skip(first);
+            for &pfn in pages.take(range.len() >> PAGE_SHIFT) {
+                each(pfn, pfn.pfn().is_some_and(|pfn| map.lookup(pfn).is_some()));
+            }
+            return Ok(());
+        }
+        Err(EBUSY)
+    }
+
+    /// Whether the GPU has all pages of a range mapped.
+    pub(crate) fn is_mapped(&self, range: Range<usize>) -> Result<bool> {
+        let tables = self.mirror.lock();
+        let table = tables.table.as_ref().ok_or(ENODEV)?;
+        for region in (region(range.start)..range.end).step_by(REGION_BYTES) {
+            let mapped = table.mapped(region);
+            let part = range.start.max(region)..range.end.min(region + REGION_BYTES);
+            let mut indexes = first_index(part.start)..(part.end - region) >> PAGE_SHIFT;
+            if !indexes.all(|index| mapped.has(index)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// How many pages of a range, inside one region, the CPU's page tables have in VRAM.
     pub(super) fn count_in_vram(
         &self,

@@ -46,7 +46,8 @@ impl PagemapOps for Residence {
         };
         let page = map.lookup(fault.pfn());
         let context = page.and_then(|page| gpu.vram.context_of(page.into()));
-        match download(gpu, map, &mut collected, |_| true) {
+        let fails = || context.is_some_and(|context| gpu.takes_failure(context));
+        match download(gpu, map, &mut collected, |_| true, fails) {
             Ok(()) => {}
             Err(e) if e == ENOMEM => return VmFault::Oom,
             Err(_) => return VmFault::SigBus,

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Pages in RAM that the GPU alone may use for a while: what its atomics on RAM need (hardware
+//! manual, section 7.3). A CPU that touches such a page gets it back, by way of the notifier.
+
+use super::{
+    fault::ATTEMPTS,
+    page_table::{Entries, PageSet},
+    Service, Space, REGION_BYTES,
+};
+use crate::{
+    kapi::{hmm::HmmPfn, mm::MmapLock, signal::fatal_signal_pending, trace::Cause},
+    vram::BLOCK_PAGES,
+};
+use core::ops::Range;
+use farfault_protocol::{
+    address::SystemAddr,
+    pte::{Location, Pte},
+};
+use kernel::{mm::MmWithUser, page::PAGE_SHIFT, prelude::*};
+
+impl Space {
+    /// Takes the pages of a range from the CPU, on request; those in VRAM come home first.
+    ///
+    /// `EFAULT`: not mapped, or not for stores. `EOPNOTSUPP`: not anonymous. `EBUSY`: it kept
+    /// changing. What is before the page that failed is the GPU's.
+    pub(crate) fn make_exclusive(&self, range: Range<usize>) -> Result {
+        let mm = self.mm()?;
+        let mut at = range.start;
+        while at < range.end {
+            let region = at & !(REGION_BYTES - 1);
+            let end = range.end.min(region + REGION_BYTES);
+            let mut pages = PageSet::EMPTY;
+            for index in (at - region) >> PAGE_SHIFT..(end - region) >> PAGE_SHIFT {
+                pages.insert(index);
+            }
+            let mut service = self.service()?;
+            self.to_ram(&mut service.migration, &mm, at..end, Cause::Request)?;
+            self.take_from_cpu(&mut service, &mm, region, &pages)?;
+            drop(service);
+            at = end;
+            if fatal_signal_pending() {
+                return Err(EINTR);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the GPU has any page of a range for itself.
+    pub(crate) fn has_exclusive(&self, range: Range<usize>) -> Result<bool> {
+        let first = range.start & !(REGION_BYTES - 1);
+        for region in (first..range.end).step_by(REGION_BYTES) {
+            let pages = self.exclusive_pages(region)?;
+            let part = range.start.max(region)..range.end.min(region + REGION_BYTES);
+            let mut indexes =
+                (part.start - region) >> PAGE_SHIFT..(part.end - region) >> PAGE_SHIFT;
+            if !pages.is_empty() && indexes.any(|index| pages.has(index)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Unmaps what the GPU has of a range, for itself or not.
+    pub(crate) fn unmap(&self, range: Range<usize>) -> Result {
+        let mut tables = self.mirror.lock();
+        self.mirror.unmap(&mut tables, range).map(|_| ())
+    }
+
+    /// The pages of a region that the GPU has for itself.
+    pub(super) fn exclusive_pages(&self, region: usize) -> Result<PageSet> {
+        let tables = self.mirror.lock();
+        Ok(tables.table.as_ref().ok_or(ENODEV)?.exclusive(region))
+    }
+
+    /// Takes pages of a region from the CPU and maps them for atomics. Errors as for
+    /// [`Space::make_exclusive`]; pages in VRAM come home.
+    pub(super) fn take_from_cpu(
+        &self,
+        service: &mut Service,
+        mm: &MmWithUser,
+        region: usize,
+        pages: &PageSet,
+    ) -> Result {
+        let map = self.gpu.pagemap()?;
+        let range = region..region + REGION_BYTES;
+        for _ in 0..ATTEMPTS {
+            let had = self.exclusive_pages(region)?;
+            let wanted = |index| pages.has(index) && !had.has(index);
+            if !(0..BLOCK_PAGES).any(wanted) {
+                return Ok(());
+            }
+            let mut supplies = self.supplies(region)?;
+            let lock = MmapLock::read(mm);
+            for (index, pfn) in service.pfns.iter_mut().enumerate() {
+                *pfn = HmmPfn::request(wanted(index), wanted(index));
+            }
+            // Writable and nobody's, so that nothing changes when they are taken. Where that fails,
+            // so does the taking, and says why.
+            let _ = self
+                .mirror
+                .range_fault(&lock, range.clone(), map.owner(), &mut service.pfns);
+            let taken = self
+                .mirror
+                .make_exclusive(&lock, range.clone(), wanted, &mut service.pfns)
+                .inspect_err(|_| supplies.give_back(&self.gpu.vram))?;
+            drop(lock);
+            let Some(mut valid) = taken.snapshot.lock() else {
+                supplies.give_back(&self.gpu.vram);
+                continue;
+            };
+            for (index, slot) in service.entries.iter_mut().enumerate() {
+                let frame = valid.pfns().get(index).and_then(|pfn| pfn.pfn());
+                *slot = frame.map_or(Pte::EMPTY, |frame| {
+                    // mm takes the page for clean.
+                    valid.mark_dirty(index);
+                    let place = Location::System(SystemAddr::new(frame.phys()));
+                    Pte::leaf(place, Pte::WRITABLE | Pte::ATOMIC)
+                });
+            }
+            let tables = valid.state();
+            tables.batch.clear();
+            let entries = Entries::Small(&service.entries);
+            let mapped = match &mut tables.table {
+                Some(table) => table.map(region, entries, &mut supplies, &mut tables.batch),
+                None => Err(ENODEV),
+            };
+            let sent = mapped.and_then(|mapped| {
+                self.gpu.control(&mut tables.batch)?;
+                self.count(|c| &c.pages_mapped, mapped as u64);
+                Ok(())
+            });
+            drop(valid);
+            supplies.give_back(&self.gpu.vram);
+            sent?;
+            return taken.stopped.map_or(Ok(()), Err);
+        }
+        Err(EBUSY)
+    }
+}
