@@ -222,13 +222,30 @@ impl OpenMirror {
         if !self.space.is_mapped(range.clone())? {
             return Err(ENOENT);
         }
+        // The GPU can write to the caller's memory, if it is the mirrored process and the memory of a
+        // usual kind.
+        let direct = match self.space.is_current() {
+            true => self
+                .space
+                .copy_mapped(range.clone(), command.pointer as usize),
+            false => Err(EINVAL),
+        };
+        match direct {
+            Ok(()) => {}
+            Err(error) if error == ENOENT || error == EINTR => return Err(error),
+            Err(_) => self.report_by_window(command.pointer, range.clone())?,
+        }
+        command.copied = (range.len() >> PAGE_SHIFT) as u64;
+        Ok(())
+    }
+
+    fn report_by_window(&self, pointer: u64, range: Range<usize>) -> Result {
         let mut window = Window::new(&self.space, range.len())?;
-        let mut writer = writer(command.pointer, range.len());
-        for part in parts(range.clone()) {
+        let mut writer = writer(pointer, range.len());
+        for part in parts(range) {
             window.load(part.clone(), OnFault::Refuse)?;
             writer.write_slice(window.bytes().get(..part.len()).ok_or(EINVAL)?)?;
         }
-        command.copied = (range.len() >> PAGE_SHIFT) as u64;
         Ok(())
     }
 

@@ -17,7 +17,7 @@ use crate::{
         workqueue::WorkQueue,
     },
     queue::{
-        batch::REQUEST_BYTES,
+        batch, copy,
         event::{Event, Events},
         Batch, Channel, CopyList,
     },
@@ -96,7 +96,7 @@ impl Limits {
             && vram != 0
             && vram % HUGE_PAGE_SIZE == 0
             && vram >> PAGE_SHIFT <= u64::from(u32::MAX)
-            && config.max_request.get() as usize >= REQUEST_BYTES
+            && config.max_request.get() as usize >= batch::REQUEST_BYTES.max(copy::REQUEST_BYTES)
             && u64::from(config.max_copy_run.get()) >= HUGE_PAGE_SIZE
             && config.max_contexts.get() > 0;
         if !usable {
@@ -423,10 +423,15 @@ impl Gpu {
         self.control(&mut batch).map(|_| ())
     }
 
-    /// Moves the bytes of all runs.
-    pub(crate) fn copy(&self, list: CopyList) -> Result {
+    /// Begins to move the bytes of a list.
+    pub(crate) fn start_copy(&self, list: &mut CopyList) -> Result {
         self.reachable()?;
-        self.exchanged("a copy failed", self.submit.copy(list))
+        self.exchanged("a copy failed", list.start(&self.submit))
+    }
+
+    /// Waits until all that was sent of it is where it belongs.
+    pub(crate) fn finish_copy(&self, list: &mut CopyList) -> Result {
+        self.exchanged("a copy failed", list.finish())
     }
 
     /// Starts a job.
@@ -524,9 +529,14 @@ impl Gpu {
         }
     }
 
+    /// How many tables one address space may have.
+    pub(crate) fn most_tables(&self) -> usize {
+        (self.limits.vram_pages / TABLE_SHARE).max(LEAST_TABLES)
+    }
+
     /// Whether the tables of one address space take more than their share of VRAM.
     pub(crate) fn is_crowded(&self, table: &PageTable) -> bool {
-        table.tables() > (self.limits.vram_pages / TABLE_SHARE).max(LEAST_TABLES)
+        table.tables() > self.most_tables()
     }
 
     /// Passes on what the device reported.

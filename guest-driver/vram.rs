@@ -128,6 +128,19 @@ impl State {
             .position(|b| b.usage == usage && !b.evicting && b.free_pages != 0)
     }
 
+    /// Takes a block of which no page is in use.
+    fn take_block(&mut self, usage: Use) -> Option<VramPage> {
+        let index = self.find(Use::Free)?;
+        let now = self.tick();
+        let block = self.blocks.get_mut(index)?;
+        block.usage = usage;
+        block.used_at = now;
+        block.free = [0; WORDS];
+        block.free_pages = 0;
+        self.free_pages -= BLOCK_PAGES;
+        Some(VramPage((index * BLOCK_PAGES) as u32))
+    }
+
     /// Takes one page for `usage`, from a block begun for it or from a new one.
     fn take_page(&mut self, usage: Use, hint: usize) -> Option<VramPage> {
         let begun = match self.blocks.get(hint) {
@@ -148,42 +161,43 @@ impl State {
 /// Pages that were taken and have no folio yet. What is left is given back on drop.
 pub(crate) struct Reservation<'a> {
     vram: &'a Vram,
+    /// Whole blocks, by their first page; the last is the next to be used.
+    blocks: KVec<VramPage>,
+    /// Single pages, likewise.
     pages: KVec<VramPage>,
-    next: usize,
 }
 
 impl Reservation<'_> {
-    /// The next page.
+    /// The next single page; a block is broken for it if there is no other.
     pub(crate) fn page(&mut self) -> Option<VramPage> {
-        let page = *self.pages.get(self.next)?;
-        self.next += 1;
-        Some(page)
+        if let Some(page) = self.pages.pop() {
+            return Some(page);
+        }
+        let block = self.blocks.pop()?;
+        for page in (block.0 + 1..block.0 + BLOCK_PAGES as u32).rev() {
+            // There is room for a block.
+            let _ = self.pages.push_within_capacity(VramPage(page));
+        }
+        Some(block)
     }
 
-    /// A whole block, if the reservation is one that nothing was taken from yet; its first page.
+    /// A whole block, if there is one; its first page.
     pub(crate) fn block(&mut self) -> Option<VramPage> {
-        let first = *self.pages.first()?;
-        let whole = self.next == 0 && self.pages.len() == BLOCK_PAGES && first.slot() == 0;
-        let contiguous = self
-            .pages
-            .last()
-            .is_some_and(|last| last.0 - first.0 == BLOCK_PAGES as u32 - 1);
-        if !(whole && contiguous) {
-            return None;
-        }
-        self.next = BLOCK_PAGES;
-        Some(first)
+        self.blocks.pop()
     }
 
     /// How many pages are left.
     pub(crate) fn len(&self) -> usize {
-        self.pages.len() - self.next
+        self.pages.len() + self.blocks.len() * BLOCK_PAGES
     }
 }
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
-        while let Some(page) = self.page() {
+        while let Some(block) = self.blocks.pop() {
+            self.vram.give_back(block, BLOCK_ORDER);
+        }
+        while let Some(page) = self.pages.pop() {
             self.vram.give_back(page, 0);
         }
     }
@@ -300,34 +314,36 @@ impl Vram {
         self.state.lock().free_pages
     }
 
-    /// Takes up to `wanted` data pages, at most [`BLOCK_PAGES`], for `context`. As many as that are
-    /// one block if any is empty, and else pages from here and there.
+    /// Takes up to `wanted` data pages for `context`: whole blocks as far as there are empty ones and
+    /// so many are wanted, and else pages from here and there.
     pub(crate) fn reserve(&self, context: u32, wanted: usize) -> Result<Reservation<'_>> {
-        let wanted = wanted.min(BLOCK_PAGES);
-        let mut pages = KVec::with_capacity(wanted, GFP_KERNEL)?;
+        let mut room = Reservation {
+            vram: self,
+            blocks: KVec::with_capacity(wanted / BLOCK_PAGES, GFP_KERNEL)?,
+            // Before there is a lock to be held: the rest, a broken block, or the blocks that are not.
+            pages: KVec::with_capacity(wanted.max(BLOCK_PAGES), GFP_KERNEL)?,
+        };
         let usage = Use::Data { context };
         let mut state = self.state.lock();
-        let mut hint = usize::MAX;
-        if wanted == BLOCK_PAGES {
-            if let Some(empty) = state.find(Use::Free) {
-                // One that was begun would break the run.
-                state.blocks[empty].usage = usage;
-                hint = empty;
-            }
+        while wanted - room.len() >= BLOCK_PAGES {
+            let Some(block) = state.take_block(usage) else {
+                break;
+            };
+            let _ = room.blocks.push_within_capacity(block);
         }
-        while pages.len() < wanted {
+        let mut hint = usize::MAX;
+        while room.len() < wanted {
             let Some(page) = state.take_page(usage, hint) else {
                 break;
             };
             hint = page.block();
-            let _ = pages.push_within_capacity(page);
+            let _ = room.pages.push_within_capacity(page);
         }
         drop(state);
-        Ok(Reservation {
-            vram: self,
-            pages,
-            next: 0,
-        })
+        // In the order in which they were taken, so that neighbours stay neighbours.
+        room.blocks.reverse();
+        room.pages.reverse();
+        Ok(room)
     }
 
     /// Takes a page for a page table.
@@ -349,13 +365,15 @@ impl Vram {
         state.free_pages += freed;
     }
 
-    /// Records that `1 << order` pages from `page` on were put at `address`.
-    pub(crate) fn put_at(&self, page: VramPage, order: u32, address: usize) {
+    /// Records where folios were put: each with its first page, order and address.
+    pub(crate) fn put_at(&self, folios: impl Iterator<Item = (VramPage, u32, usize)>) {
         let mut state = self.state.lock();
-        let first = page.0 as usize;
-        if let Some(addresses) = state.addresses.get_mut(first..first + (1 << order)) {
-            for (i, slot) in addresses.iter_mut().enumerate() {
-                *slot = (address + (i << PAGE_SHIFT)) as u64;
+        for (page, order, address) in folios {
+            let first = page.0 as usize;
+            if let Some(addresses) = state.addresses.get_mut(first..first + (1 << order)) {
+                for (i, slot) in addresses.iter_mut().enumerate() {
+                    *slot = (address + (i << PAGE_SHIFT)) as u64;
+                }
             }
         }
     }
@@ -368,12 +386,16 @@ impl Vram {
         }
     }
 
-    /// Notes that the block of the page was used just now.
-    pub(crate) fn touch(&self, page: VramPage) {
+    /// Notes that the blocks of the pages were used just now.
+    pub(crate) fn touch(&self, pages: impl Iterator<Item = VramPage>) {
+        let mut last = usize::MAX;
         let mut state = self.state.lock();
-        let now = state.tick();
-        if let Some(block) = state.blocks.get_mut(page.block()) {
-            block.used_at = now;
+        for page in pages.filter(|page| core::mem::replace(&mut last, page.block()) != page.block())
+        {
+            let now = state.tick();
+            if let Some(block) = state.blocks.get_mut(page.block()) {
+                block.used_at = now;
+            }
         }
     }
 

@@ -189,6 +189,11 @@ impl<T: IntervalOps> Valid<'_, T> {
         &mut self.guard
     }
 
+    /// Both.
+    pub(crate) fn parts(&mut self) -> (&[HmmPfn], &mut T::State) {
+        (self.pfns, &mut self.guard)
+    }
+
     /// Tells the core that the device may write the page. Due for each page that is mapped
     /// writable: the CPU's entry can be writable and clean, and a clean page may be dropped.
     /// Entries that are not writable are left alone.

@@ -37,28 +37,22 @@ const SELECT_DEVICE: usize =
     bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE as usize;
 const SELECT_COMPOUND: usize = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_COMPOUND as usize;
 
-/// The arrays of a migration, to be used again and again.
+/// The arrays of a migration.
 ///
 /// # Invariants
 ///
 /// Both are of the same length.
-pub(crate) struct Scratch {
+struct Arrays {
     src: KVVec<usize>,
     dst: KVVec<usize>,
 }
 
-impl Scratch {
-    /// For migrations of up to `pages` pages.
-    pub(crate) fn new(pages: usize) -> Result<Self> {
+impl Arrays {
+    fn new(pages: usize) -> Result<Self> {
         Ok(Self {
             src: KVVec::from_elem(0, pages, GFP_KERNEL)?,
             dst: KVVec::from_elem(0, pages, GFP_KERNEL)?,
         })
-    }
-
-    /// For how many pages.
-    pub(crate) fn pages(&self) -> usize {
-        self.src.len()
     }
 }
 
@@ -97,14 +91,15 @@ enum Kind {
 ///
 /// # Invariants
 ///
-/// - `args.src` and `args.dst` are arrays of `args.npages` entries that are borrowed for `'a`.
+/// - `args.src` and `args.dst` are the arrays of `_arrays`, of `args.npages` entries.
 /// - The pages in `src` are locked and referenced for this migration; those in `dst` are locked and
 ///   referenced, and belong to it.
 /// - But for [`Kind::DeviceRange`], `args.vma` is valid and its mmap lock is held, for `'a`.
 struct Raw<'a> {
     args: bindings::migrate_vma,
     kind: Kind,
-    _scratch: PhantomData<&'a mut Scratch>,
+    _arrays: Arrays,
+    _lock: PhantomData<Vma<'a>>,
 }
 
 impl<'a> Raw<'a> {
@@ -114,12 +109,12 @@ impl<'a> Raw<'a> {
         range: Range<usize>,
         owner: Owner,
         fault_page: *mut bindings::page,
-        scratch: &'a mut Scratch,
     ) -> Result<Self> {
         let len = range.end.checked_sub(range.start).ok_or(EINVAL)?;
-        if len == 0 || (range.start | len) % PAGE_SIZE != 0 || len >> PAGE_SHIFT > scratch.pages() {
+        if len == 0 || (range.start | len) % PAGE_SIZE != 0 {
             return Err(EINVAL);
         }
+        let mut arrays = Arrays::new(len >> PAGE_SHIFT)?;
         let select = if kind == Kind::SystemToDevice {
             SELECT_SYSTEM
         } else {
@@ -129,8 +124,8 @@ impl<'a> Raw<'a> {
         let compound = if len > PAGE_SIZE { SELECT_COMPOUND } else { 0 };
         let mut args = bindings::migrate_vma {
             vma: vma.as_ptr(),
-            dst: scratch.dst.as_mut_ptr(),
-            src: scratch.src.as_mut_ptr(),
+            dst: arrays.dst.as_mut_ptr(),
+            src: arrays.src.as_mut_ptr(),
             start: range.start,
             end: range.end,
             pgmap_owner: owner.as_ptr(),
@@ -145,7 +140,8 @@ impl<'a> Raw<'a> {
         Ok(Self {
             args,
             kind,
-            _scratch: PhantomData,
+            _arrays: arrays,
+            _lock: PhantomData,
         })
     }
 
@@ -194,58 +190,29 @@ pub(crate) struct Collected<'a> {
 impl<'a> Collected<'a> {
     /// The system pages of `range`, which must be in `vma`, and its holes if it is anonymous.
     ///
-    /// Fails with `EINVAL` where the range is wrong, too long for `scratch`, or
-    /// [`Vma::can_migrate`] says no.
+    /// Fails with `EINVAL` where the range is wrong or [`Vma::can_migrate`] says no, and with `ENOMEM`.
     pub(crate) fn system_to_device(
-        vma: &'a Vma<'_>,
+        vma: Vma<'a>,
         range: Range<usize>,
         owner: Owner,
-        scratch: &'a mut Scratch,
     ) -> Result<Self> {
-        Self::vma(
-            Kind::SystemToDevice,
-            *vma,
-            range,
-            owner,
-            ptr::null_mut(),
-            scratch,
-        )
+        Self::vma(Kind::SystemToDevice, vma, range, owner, ptr::null_mut())
     }
 
     /// The device pages of `owner` in `range`, which must be in `vma`. Fails like
     /// [`Collected::system_to_device`].
     pub(crate) fn device_to_system(
-        vma: &'a Vma<'_>,
+        vma: Vma<'a>,
         range: Range<usize>,
         owner: Owner,
-        scratch: &'a mut Scratch,
     ) -> Result<Self> {
-        Self::vma(
-            Kind::DeviceToSystem,
-            *vma,
-            range,
-            owner,
-            ptr::null_mut(),
-            scratch,
-        )
+        Self::vma(Kind::DeviceToSystem, vma, range, owner, ptr::null_mut())
     }
 
     /// Like [`Collected::device_to_system`], for `migrate_to_ram`: the page of `fault` is among
     /// them, though the core holds its lock.
-    pub(crate) fn fault(
-        fault: &'a Fault<'_>,
-        range: Range<usize>,
-        owner: Owner,
-        scratch: &'a mut Scratch,
-    ) -> Result<Self> {
-        Self::vma(
-            Kind::Fault,
-            fault.vma(),
-            range,
-            owner,
-            fault.page(),
-            scratch,
-        )
+    pub(crate) fn fault(fault: &'a Fault<'_>, range: Range<usize>, owner: Owner) -> Result<Self> {
+        Self::vma(Kind::Fault, fault.vma(), range, owner, fault.page())
     }
 
     fn vma(
@@ -254,10 +221,9 @@ impl<'a> Collected<'a> {
         range: Range<usize>,
         owner: Owner,
         fault_page: *mut bindings::page,
-        scratch: &'a mut Scratch,
     ) -> Result<Self> {
         Ok(Self {
-            raw: Raw::new(kind, vma, range, owner, fault_page, scratch)?,
+            raw: Raw::new(kind, vma, range, owner, fault_page)?,
             committed: false,
         })
     }
@@ -266,21 +232,20 @@ impl<'a> Collected<'a> {
     /// space is known of: prefer [`Collected::device_to_system`], because the core looks up the
     /// mappings here without what keeps them from going away while their process exits.
     ///
-    /// A folio is found if all of it is in the range. Fails with `EINVAL` where the range is wrong
-    /// or too long for `scratch`.
+    /// A folio is found if all of it is in the range. Fails with `EINVAL` where the range is wrong,
+    /// and with `ENOMEM`.
     pub(crate) fn device_range<T: PagemapOps>(
         map: &'a DevicePagemap<T>,
         pages: Range<usize>,
-        scratch: &'a mut Scratch,
     ) -> Result<Self> {
         let npages = pages.end.checked_sub(pages.start).ok_or(EINVAL)?;
-        if npages == 0 || npages > scratch.pages() || pages.end > map.pages() {
+        if npages == 0 || pages.end > map.pages() {
             return Err(EINVAL);
         }
-        scratch.dst[..npages].fill(0);
+        let mut arrays = Arrays::new(npages)?;
         let args = bindings::migrate_vma {
-            dst: scratch.dst.as_mut_ptr(),
-            src: scratch.src.as_mut_ptr(),
+            dst: arrays.dst.as_mut_ptr(),
+            src: arrays.src.as_mut_ptr(),
             npages,
             ..Default::default()
         };
@@ -292,7 +257,8 @@ impl<'a> Collected<'a> {
             raw: Raw {
                 args,
                 kind: Kind::DeviceRange,
-                _scratch: PhantomData,
+                _arrays: arrays,
+                _lock: PhantomData,
             },
             committed: false,
         })

@@ -45,6 +45,11 @@ impl Batch {
         self.open = None;
     }
 
+    /// Whether it holds no command.
+    pub(crate) fn is_empty(&mut self) -> bool {
+        self.request.bytes().map_or(true, |bytes| bytes.is_empty())
+    }
+
     /// Whether `runs` more page-table runs and a few commands fit in.
     pub(crate) fn has_room_for(&mut self, runs: usize) -> bool {
         const SLACK: usize = 256;

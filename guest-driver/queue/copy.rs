@@ -1,72 +1,117 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A list of physical copies while it is written (hardware manual, chapter 5).
+//! Lists of physical copies (hardware manual, chapter 5): written, sent, and waited for.
 
-use super::{batch::REQUEST_BYTES, Request};
+use super::{Channel, Request};
 use farfault_protocol::{
-    command::CommandHeader,
+    command::{CommandHeader, Status},
     submit::{Copy, CopyAperture, CopyRun, Opcode, Reply},
 };
 use kernel::prelude::*;
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::IntoBytes;
 
-/// Runs for [`super::Channel::copy`]; neighbours become one run.
+/// Runs of one request. Its memory grows with them.
+const RUNS: usize = 512;
+/// Bytes of a request that holds them all.
+pub(crate) const REQUEST_BYTES: usize = size_of::<Copy>() + RUNS * size_of::<CopyRun>();
+/// Runs that there is room for at once.
+const FIRST_RUNS: usize = 8;
+
+/// Copies that go together. Neighbours become one run, and many runs several requests.
 pub(crate) struct CopyList {
-    pub(super) request: Request,
+    requests: KVec<Request>,
+    /// Runs of the last request.
     runs: usize,
+    /// The run that may still grow.
+    last: Option<CopyRun>,
+    /// The device's limit for one run, in bytes.
     longest: u32,
+    /// How many of the requests were sent.
+    sent: usize,
 }
 
 impl CopyList {
-    /// Room for `runs` runs. `longest` is the device's limit for one.
-    pub(crate) fn new(runs: usize, longest: u32) -> Result<Self> {
-        let bytes = size_of::<Copy>() + runs * size_of::<CopyRun>();
-        if bytes > REQUEST_BYTES {
-            return Err(E2BIG);
-        }
-        let mut list = Self {
-            request: Request::new(bytes, size_of::<Reply>())?,
-            runs: 0,
+    /// `longest` is the device's limit for one run, in bytes.
+    pub(crate) const fn new(longest: u32) -> Self {
+        Self {
+            requests: KVec::new(),
+            runs: RUNS,
+            last: None,
             longest,
-        };
-        let header = CommandHeader::new(Opcode::Copy.raw(), 0);
-        let bytes = list.request.bytes()?;
-        bytes.extend_from_slice(header.as_bytes(), GFP_KERNEL)?;
-        Ok(list)
+            sent: 0,
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.runs == 0
-    }
-
-    fn last(&mut self) -> Option<CopyRun> {
-        if self.runs == 0 {
-            return None;
-        }
-        let bytes = self.request.bytes().ok()?;
-        let at = bytes.len() - size_of::<CopyRun>();
-        CopyRun::read_from_bytes(bytes.get(at..)?).ok()
+        self.last.is_none()
     }
 
     /// Adds a run, or makes the last one longer.
     pub(crate) fn push(&mut self, run: CopyRun) -> Result {
-        let longest = self.longest;
-        let joined = self.last().and_then(|last| join(&last, &run, longest));
-        let bytes = self.request.bytes()?;
-        match joined {
-            Some(joined) => {
-                let at = bytes.len() - size_of::<CopyRun>();
-                bytes.truncate(at);
-                bytes.extend_from_slice(joined.as_bytes(), GFP_KERNEL)?;
-            }
-            None => {
-                bytes.extend_from_slice(run.as_bytes(), GFP_KERNEL)?;
-                self.runs += 1;
-            }
+        let joined = self.last.and_then(|last| join(&last, &run, self.longest));
+        if joined.is_none() {
+            self.write_last()?;
         }
-        let header = CommandHeader::new(Opcode::Copy.raw(), bytes.len() as u32);
-        let slot = bytes.get_mut(..size_of::<CommandHeader>());
-        slot.ok_or(EINVAL)?.copy_from_slice(header.as_bytes());
+        self.last = joined.or(Some(run));
         Ok(())
+    }
+
+    /// Writes the last run to a request. It stays the last run: the next one replaces it.
+    fn write_last(&mut self) -> Result {
+        let Some(last) = self.last else {
+            return Ok(());
+        };
+        if self.runs == RUNS {
+            let bytes = size_of::<Copy>() + FIRST_RUNS * size_of::<CopyRun>();
+            let mut request = Request::new(bytes, size_of::<Reply>())?;
+            let header = CommandHeader::new(Opcode::Copy.raw(), 0);
+            let bytes = request.bytes()?;
+            bytes.extend_from_slice(header.as_bytes(), GFP_KERNEL)?;
+            self.requests.push(request, GFP_KERNEL)?;
+            self.runs = 0;
+        }
+        let request = self.requests.last_mut().ok_or(EINVAL)?;
+        let bytes = request.bytes()?;
+        bytes.extend_from_slice(last.as_bytes(), GFP_KERNEL)?;
+        self.runs += 1;
+        Ok(())
+    }
+
+    /// Begins to move the bytes. Errors as for [`Channel::start`]; some copies may be under way then,
+    /// too.
+    pub(crate) fn start(&mut self, channel: &Channel) -> Result {
+        self.write_last()?;
+        for request in self.requests.iter_mut() {
+            let bytes = request.bytes()?;
+            let header = CommandHeader::new(Opcode::Copy.raw(), bytes.len() as u32);
+            let slot = bytes.get_mut(..size_of::<CommandHeader>());
+            slot.ok_or(EINVAL)?.copy_from_slice(header.as_bytes());
+            channel.start(request)?;
+            self.sent += 1;
+        }
+        Ok(())
+    }
+
+    /// Waits until the bytes of all that was sent are where they belong. `ETIMEDOUT`: no answer in
+    /// [`super::TIME_LIMIT`]; the device may move them yet. `EIO`: it refused.
+    pub(crate) fn finish(&mut self) -> Result {
+        let sent = core::mem::take(&mut self.sent);
+        let mut result = Ok(());
+        for request in self.requests.iter_mut().take(sent) {
+            // All of them, whatever becomes of one.
+            let finished = Channel::finish(request).and_then(|()| status(request));
+            result = result.and(finished);
+        }
+        result
+    }
+}
+
+fn status(request: &Request) -> Result {
+    match super::submitted(request)? {
+        Status::Ok => Ok(()),
+        status => {
+            pr_err!("a copy was refused: {status:?}\n");
+            Err(EIO)
+        }
     }
 }
 

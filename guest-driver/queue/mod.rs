@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Requests to the device and their answers (hardware manual, chapter 3).
 //!
-//! A [`Channel`] is the control or the submit queue: [`Channel::call`] sends one request and waits,
-//! with a time limit, for its answer. Answers are taken from the ring in the interrupt itself, so
+//! A [`Channel`] is the control or the submit queue: one request is sent, and its answer waited for,
+//! with a time limit; a copy list's sender may do other things in between. Answers are taken from the ring in the interrupt itself, so
 //! that the one who waits is the only one to wake.
 //!
 //! What a request that ran out of time held stays with the device until it is reset: its memory is
@@ -202,19 +202,24 @@ impl Channel {
         Err((ETIMEDOUT, message))
     }
 
-    /// Sends a request and waits for the reply, which the request holds then.
+    /// Sends a request. Its answer is to be waited for with [`Channel::finish`].
     ///
-    /// `ETIMEDOUT`: no answer in [`TIME_LIMIT`]. `EIO`: an earlier request in this memory was never
-    /// answered, or the queue is broken. `ENODEV`: the device is gone.
-    fn call(&self, request: &mut Request) -> Result {
+    /// `EIO`: an earlier request in this memory was never answered, or the queue is broken. `ENODEV`:
+    /// the device is gone. `ETIMEDOUT`: the ring stayed full.
+    fn start(&self, request: &mut Request) -> Result {
         let message = request.message.take().ok_or(EIO)?;
-        let call = request.call.clone();
-        *call.progress.lock() = Progress::Sent;
-        call.answered.reinit();
-        if let Err((error, message)) = self.send(message) {
+        *request.call.progress.lock() = Progress::Sent;
+        request.call.answered.reinit();
+        self.send(message).map_err(|(error, message)| {
             request.message = Some(message);
-            return Err(error);
-        }
+            error
+        })
+    }
+
+    /// Waits for the reply to a request that was sent, which the request holds then. `ETIMEDOUT`: no
+    /// answer in [`TIME_LIMIT`].
+    fn finish(request: &mut Request) -> Result {
+        let call = &request.call;
         loop {
             let waited = call.answered.wait_timeout(TIME_LIMIT);
             let mut progress = call.progress.lock();
@@ -234,6 +239,12 @@ impl Channel {
         }
     }
 
+    /// Sends a request and waits for the reply. Errors as for both steps.
+    fn call(&self, request: &mut Request) -> Result {
+        self.start(request)?;
+        Self::finish(request)
+    }
+
     /// Sends a batch of control commands. Returns how the last one executed ended.
     pub(crate) fn control(&self, batch: &mut Batch) -> Result<(Status, control::Reply)> {
         self.call(&mut batch.request)?;
@@ -243,34 +254,14 @@ impl Channel {
         Ok((status, reply))
     }
 
-    /// Sends one submit command and returns its status.
-    fn submit(&self, request: &mut Request) -> Result<Status> {
-        self.call(request)?;
-        let (reply, _) = submit::Reply::read_from_prefix(request.reply()).map_err(|_| EIO)?;
-        Status::from_raw(reply.status.get()).ok_or(EIO)
-    }
-
-    /// Moves the bytes of all runs; they are where they belong when it returns.
-    pub(crate) fn copy(&self, mut list: CopyList) -> Result {
-        if list.is_empty() {
-            return Ok(());
-        }
-        match self.submit(&mut list.request)? {
-            Status::Ok => Ok(()),
-            status => {
-                pr_err!("a copy was refused: {status:?}\n");
-                Err(EIO)
-            }
-        }
-    }
-
     /// Starts a job. `EAGAIN`: the device has no room for it now. `EINVAL`: it does not like an
     /// argument.
     pub(crate) fn launch(&self, launch: &submit::Launch) -> Result {
         let mut request = Request::new(size_of::<submit::Launch>(), size_of::<submit::Reply>())?;
         let bytes = request.bytes()?;
         bytes.extend_from_slice(launch.as_bytes(), GFP_KERNEL)?;
-        match self.submit(&mut request)? {
+        self.call(&mut request)?;
+        match submitted(&request)? {
             Status::Ok => Ok(()),
             Status::Busy => Err(EAGAIN),
             Status::BadArgument | Status::Misaligned | Status::LimitExceeded => Err(EINVAL),
@@ -281,6 +272,12 @@ impl Channel {
             }
         }
     }
+}
+
+/// The status of a submit command that was answered.
+fn submitted(request: &Request) -> Result<Status> {
+    let (reply, _) = submit::Reply::read_from_prefix(request.reply()).map_err(|_| EIO)?;
+    Status::from_raw(reply.status.get()).ok_or(EIO)
 }
 
 /// The header of a submit or control command of type `T`.

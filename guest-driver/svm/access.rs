@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The driver reads and writes the process's memory through the GPU: a job that copies between the
-//! process's addresses and memory of the kernel, with the GPU's faults on the way.
+//! process's addresses and memory of the kernel, or to other addresses of the process, with the GPU's
+//! faults on the way.
 //!
 //! The kernel's memory is mapped for the GPU beyond the addresses of processes ([`WINDOW`]). One such
 //! job of an address space runs at a time; what its faults do is told beforehand ([`OnFault`]).
@@ -13,7 +14,10 @@ use super::{
     page_table::Entries,
     Service, Space, REGION_BYTES,
 };
-use crate::{kapi::bounce::Bounce, uapi};
+use crate::{
+    kapi::{bounce::Bounce, trace::Cause},
+    uapi,
+};
 use core::ops::Range;
 use farfault_protocol::{
     address::SystemAddr,
@@ -32,6 +36,8 @@ use kernel::{
 const WINDOW: usize = ADDRESS_LIMIT;
 /// Most bytes of one job: its pages' tables are few, and so are those of the window.
 pub(crate) const MOST_BYTES: usize = 4 << 20;
+/// Parts of a long job that run at the same time.
+const WAVES: u32 = 2;
 /// Attempts at a job that lost its window: tables may be given up while it runs.
 const ATTEMPTS: usize = 8;
 
@@ -40,16 +46,24 @@ const ATTEMPTS: usize = 8;
 pub(crate) enum OnFault {
     /// The rest of the range is mapped where it is, page by page, or all of it fails.
     MapRest,
+    /// Likewise, in RAM.
+    MapRestInRam,
     /// The job fails with `ENOENT`.
     Refuse,
+}
+
+/// What a job of this kind may do to a range.
+#[derive(Clone)]
+struct Rule {
+    range: Range<usize>,
+    access: Access,
+    on_fault: OnFault,
 }
 
 /// The job of this kind that runs.
 pub(super) struct Running {
     fence: u64,
-    range: Range<usize>,
-    access: Access,
-    on_fault: OnFault,
+    rules: [Option<Rule>; 2],
     faults: u64,
     error: Option<Error>,
 }
@@ -92,18 +106,36 @@ impl<'a> Window<'a> {
     /// Copies from the process to the window's begin. Returns how often the GPU faulted.
     pub(crate) fn load(&mut self, range: Range<usize>, on_fault: OnFault) -> Result<u64> {
         let (to, from) = (WINDOW, range.start);
-        self.copy([to as u64, from as u64], range, Access::Read, on_fault)
+        self.copy(to, from, range, Access::Read, on_fault)
     }
 
     /// Copies from the window's begin to the process. Returns how often the GPU faulted.
     pub(crate) fn store(&mut self, range: Range<usize>) -> Result<u64> {
         let (to, from) = (range.start, WINDOW);
-        self.copy(
-            [to as u64, from as u64],
+        self.copy(to, from, range, Access::Write, OnFault::MapRest)
+    }
+
+    fn copy(
+        &mut self,
+        to: usize,
+        from: usize,
+        range: Range<usize>,
+        access: Access,
+        on_fault: OnFault,
+    ) -> Result<u64> {
+        let length = range.len();
+        if length > self.len() {
+            return Err(EINVAL);
+        }
+        let rule = Rule {
             range,
-            Access::Write,
-            OnFault::MapRest,
-        )
+            access,
+            on_fault,
+        };
+        let space = self.space;
+        let rules = [Some(rule), None];
+        let again = || self.map();
+        space.run_copy([to, from, length], rules, again)
     }
 
     fn map(&mut self) -> Result {
@@ -133,60 +165,6 @@ impl<'a> Window<'a> {
         }
         Ok(())
     }
-
-    fn copy(
-        &mut self,
-        [to, from]: [u64; 2],
-        range: Range<usize>,
-        access: Access,
-        on_fault: OnFault,
-    ) -> Result<u64> {
-        if range.end > ADDRESS_LIMIT || range.start >= range.end {
-            return Err(EFAULT);
-        }
-        if range.len() > self.len() {
-            return Err(EINVAL);
-        }
-        let space = self.space;
-        let mut faults = 0;
-        for _ in 0..ATTEMPTS {
-            if space.mm().is_err() {
-                return Err(EFAULT);
-            }
-            let fence = space.gpu.new_fence();
-            *space.running.lock() = Some(Running {
-                fence,
-                range: range.clone(),
-                access,
-                on_fault,
-                faults: 0,
-                error: None,
-            });
-            let arguments = [to, from, range.len() as u64, 0];
-            let ended = space
-                .launch(fence, Kernel::Copy.raw(), 1, arguments)
-                .and_then(|()| space.jobs.wait(fence, None, || space.gpu.ping()));
-            let running = space.running.lock().take();
-            let (counted, error) = running.map_or((0, None), |r| (r.faults, r.error));
-            faults += counted;
-            let (_, outcome) = ended.inspect_err(|_| {
-                // It reaches nothing of the window once that is unmapped.
-                let _ = space.kill(fence);
-                space.jobs.abandon(fence);
-            })?;
-            match outcome.status {
-                uapi::JobStatus::Ok => return Ok(faults),
-                uapi::JobStatus::Fault => {}
-                _ => return Err(EIO),
-            }
-            match error {
-                Some(error) => return Err(error),
-                // Its window went with the tables, or a fault of somebody else's was refused.
-                None => self.map()?,
-            }
-        }
-        Err(EBUSY)
-    }
 }
 
 impl Drop for Window<'_> {
@@ -200,6 +178,89 @@ impl Drop for Window<'_> {
 }
 
 impl Space {
+    /// Copies what the GPU has mapped of a range to `to`, other memory of the process, which it maps.
+    /// `ENOENT`: it has not all of it mapped. `EINVAL`: it has to be done in another way.
+    pub(crate) fn copy_mapped(&self, range: Range<usize>, to: usize) -> Result {
+        let end = to.checked_add(range.len()).ok_or(EINVAL)?;
+        let apart = end <= range.start || range.end <= to;
+        // Its tables must not crowd out those of the source.
+        let tables = 2 * (range.len() / REGION_BYTES + 4);
+        if !apart
+            || (to | range.len()) % size_of::<u64>() != 0
+            || tables > self.gpu.most_tables() / 2
+        {
+            return Err(EINVAL);
+        }
+        let _access = self.access.lock();
+        let rule = |range, access, on_fault| {
+            Some(Rule {
+                range,
+                access,
+                on_fault,
+            })
+        };
+        let from = range.start;
+        let length = range.len();
+        let rules = [
+            rule(range, Access::Read, OnFault::Refuse),
+            rule(to..end, Access::Write, OnFault::MapRestInRam),
+        ];
+        self.run_copy([to, from, length], rules, || Ok(()))?;
+        Ok(())
+    }
+
+    /// Runs one of these jobs until it has succeeded or a rule says that it cannot; `again` comes before
+    /// another attempt. Returns how often the GPU faulted. The caller has `Space::access`.
+    fn run_copy(
+        &self,
+        arguments: [usize; 3],
+        rules: [Option<Rule>; 2],
+        mut again: impl FnMut() -> Result,
+    ) -> Result<u64> {
+        let inside =
+            |rule: &Rule| rule.range.start < rule.range.end && rule.range.end <= ADDRESS_LIMIT;
+        if !rules.iter().flatten().all(inside) {
+            return Err(EFAULT);
+        }
+        let [to, from, length] = arguments.map(|argument| argument as u64);
+        let waves = if length > MOST_BYTES as u64 { WAVES } else { 1 };
+        let mut faults = 0;
+        for _ in 0..ATTEMPTS {
+            if self.mm().is_err() {
+                return Err(EFAULT);
+            }
+            let fence = self.gpu.new_fence();
+            *self.running.lock() = Some(Running {
+                fence,
+                rules: rules.clone(),
+                faults: 0,
+                error: None,
+            });
+            let ended = self
+                .launch(fence, Kernel::Copy.raw(), waves, [to, from, length, 0])
+                .and_then(|()| self.jobs.wait(fence, None, || self.gpu.ping()));
+            let running = self.running.lock().take();
+            let (counted, error) = running.map_or((0, None), |r| (r.faults, r.error));
+            faults += counted;
+            let (_, outcome) = ended.inspect_err(|_| {
+                // It reaches nothing of a window once that is unmapped.
+                let _ = self.kill(fence);
+                self.jobs.abandon(fence);
+            })?;
+            match outcome.status {
+                uapi::JobStatus::Ok => return Ok(faults),
+                uapi::JobStatus::Fault => {}
+                _ => return Err(EIO),
+            }
+            match error {
+                Some(error) => return Err(error),
+                // Its window went with the tables, or a fault of somebody else's was refused.
+                None => again()?,
+            }
+        }
+        Err(EBUSY)
+    }
+
     /// Serves the faults of the job of this kind, if one runs, and takes them from the list.
     pub(super) fn serve_accesses(
         &self,
@@ -207,20 +268,20 @@ impl Space {
         mm: &MmWithUser,
         faults: &mut KVec<Fault>,
     ) {
-        let Some((fence, range, access, on_fault)) = self
-            .running
-            .lock()
-            .as_ref()
-            .map(|r| (r.fence, r.range.clone(), r.access, r.on_fault))
-        else {
+        let running = self.running.lock();
+        let Some((fence, rules)) = running.as_ref().map(|r| (r.fence, r.rules.clone())) else {
             return;
         };
+        drop(running);
         let mut served = None;
         for fault in faults.iter().filter(|fault| fault.fence == fence) {
-            let result = match on_fault {
-                _ if !range.contains(&fault.page) => Err(EAGAIN),
-                OnFault::Refuse => Err(ENOENT),
-                OnFault::MapRest => self.map_rest(service, mm, fault.page..range.end, access),
+            let rule = rules.iter().flatten();
+            let rule = rule
+                .filter(|rule| rule.range.start & !(PAGE_SIZE - 1) <= fault.page)
+                .find(|rule| fault.page < rule.range.end);
+            let result = match rule {
+                None => Err(EAGAIN),
+                Some(rule) => self.serve_by_rule(service, mm, fault.page, rule),
             };
             if result.is_err() {
                 let _ = service.failed.push_within_capacity(fault.sequence);
@@ -233,6 +294,24 @@ impl Space {
         };
         running.faults += 1;
         running.error = result.err().filter(|&error| error != EAGAIN);
+    }
+
+    fn serve_by_rule(
+        &self,
+        service: &mut Service,
+        mm: &MmWithUser,
+        page: usize,
+        rule: &Rule,
+    ) -> Result {
+        let rest = page..rule.range.end.next_multiple_of(PAGE_SIZE);
+        match rule.on_fault {
+            OnFault::Refuse => return Err(ENOENT),
+            OnFault::MapRest => {}
+            OnFault::MapRestInRam => {
+                self.to_ram(mm, rest.clone(), Cause::Request)?;
+            }
+        }
+        self.map_rest(service, mm, rest, rule.access)
     }
 
     /// Maps all pages of a range where they are.

@@ -10,11 +10,11 @@
 //!
 //! Nobody may hold an mmap lock here: the victim's is taken.
 
-use super::{migrate::download, Space, REGION_BYTES};
+use super::{flight::Flight, Space, REGION_BYTES};
 use crate::{
     gpu::Gpu,
     kapi::{
-        migrate::{Collected, Scratch},
+        migrate::Collected,
         mm::MmapLock,
         trace::{self, Cause, Direction},
     },
@@ -37,11 +37,11 @@ const LAST_ROUNDS: usize = 3;
 
 impl Gpu {
     /// Pages of VRAM for `context`, with other pages sent home if there are too few. May return less
-    /// than `pages`, where nothing more can go. At most [`BLOCK_PAGES`].
+    /// than `pages`, where nothing more can go.
     pub(crate) fn make_room(&self, context: u32, pages: usize) -> Result<Reservation<'_>> {
-        for _ in 0..MOST_EVICTIONS {
+        for _ in 0..MOST_EVICTIONS + pages / BLOCK_PAGES {
             let reservation = self.vram.reserve(context, pages)?;
-            if reservation.len() == pages.min(BLOCK_PAGES) {
+            if reservation.len() == pages {
                 return Ok(reservation);
             }
             drop(reservation);
@@ -100,12 +100,11 @@ impl Gpu {
     fn send_home(&self, victim: &Victim<'_>, cause: Cause) -> Result<usize> {
         let mut residents = KVec::new();
         victim.residents(&mut residents)?;
-        let mut scratch = Scratch::new(BLOCK_PAGES)?;
         let mut moved = 0;
         let mm = match self.space(victim.context()) {
             Some(space) => match space.mm() {
                 Ok(mm) => {
-                    moved += space.bring_home(&mm, &mut scratch, &residents, victim, cause)?;
+                    moved += space.bring_home(&mm, &residents, victim, cause)?;
                     Some(mm)
                 }
                 // A process that exits frees its own pages.
@@ -118,7 +117,7 @@ impl Gpu {
         if !residents.is_empty() {
             // Keeps munmap and exit out while the mappings of its pages are walked.
             let _lock = mm.as_deref().map(MmapLock::read);
-            moved += self.bring_leftovers_home(&mut scratch, victim, cause)?;
+            moved += self.bring_leftovers_home(victim, cause)?;
         }
         let context = Some(victim.context());
         if let Cause::Evict = cause {
@@ -128,16 +127,11 @@ impl Gpu {
     }
 
     /// Brings the pages of a block home without knowing who maps them.
-    fn bring_leftovers_home(
-        &self,
-        scratch: &mut Scratch,
-        victim: &Victim<'_>,
-        cause: Cause,
-    ) -> Result<usize> {
+    fn bring_leftovers_home(&self, victim: &Victim<'_>, cause: Cause) -> Result<usize> {
         let map = self.pagemap()?;
-        let mut collected = Collected::device_range(&map, victim.pages(), scratch)?;
-        download(self, &map, &mut collected, |_| true, || false)?;
-        let moved = collected.pages().count();
+        let collected = Collected::device_range(&map, victim.pages())?;
+        let flight = Flight::home(self, &map, collected, |_| true, || false)?;
+        let moved = flight.land()?.count();
         self.count(Some(victim.context()), |c| &c.pages_to_ram, moved as u64);
         trace::migrate(
             self.index(),
@@ -183,7 +177,6 @@ impl Space {
     fn bring_home(
         &self,
         mm: &MmWithUser,
-        scratch: &mut Scratch,
         residents: &[Resident],
         victim: &Victim<'_>,
         cause: Cause,
@@ -195,7 +188,7 @@ impl Space {
             };
             let range = first.address..last.address + PAGE_SIZE;
             moved += self
-                .some_to_ram(scratch, mm, range, cause, |page| victim.contains(page))?
+                .some_to_ram(mm, range, cause, |page| victim.contains(page))?
                 .pages;
         }
         Ok(moved)

@@ -34,7 +34,7 @@ impl Space {
                 pages.insert(index);
             }
             let mut service = self.service()?;
-            self.to_ram(&mut service.migration, &mm, at..end, Cause::Request)?;
+            self.to_ram(&mm, at..end, Cause::Request)?;
             self.take_from_cpu(&mut service, &mm, region, &pages)?;
             drop(service);
             at = end;

@@ -134,9 +134,9 @@ impl Space {
     fn serve_batch(&self, service: &mut Service, through: u64) -> Result {
         service.failed.clear();
         let faults = core::mem::take(&mut service.faults);
-        let result = self.serve_sorted(service, faults, through);
-        let (faults, replayed) = result;
+        // Before the replay: who sees the job's end sees its faults.
         self.count(|c| &c.gpu_faults, faults.len() as u64);
+        let (faults, replayed) = self.serve_sorted(service, faults, through);
         self.count(|c| &c.gpu_faults_failed, service.failed.len() as u64);
         service.faults = faults;
         if replayed {
@@ -280,15 +280,13 @@ impl Space {
             done = around.end;
             let pages = (around.start - region) >> PAGE_SHIFT..(around.end - region) >> PAGE_SHIFT;
             let cause = trace::Cause::GpuFault;
-            let scratch = &mut service.migration;
             let result = match (advice, in_vram) {
-                (Advice::PreferCpu, true) => self
-                    .to_ram(scratch, mm, around, cause)
-                    .map(|home| home.pages != 0),
+                (Advice::PreferCpu, true) => {
+                    let home = self.to_ram(mm, around, cause);
+                    home.map(|home| home.pages != 0)
+                }
                 (Advice::PreferCpu, false) | (_, true) => continue,
-                (_, false) => self
-                    .to_vram(scratch, mm, around, cause)
-                    .map(|moved| !moved.is_empty()),
+                (_, false) => self.fault_to_vram(mm, around),
             };
             // What does not move is mapped where it is: there is nothing to report.
             if result.is_ok_and(|any| any) {
@@ -330,7 +328,7 @@ impl Space {
         if huge_in_vram {
             // mm does not copy part of a huge page of VRAM where it is.
             let all = region..region + REGION_BYTES;
-            let _ = self.to_ram(&mut service.migration, mm, all, trace::Cause::GpuFault);
+            let _ = self.to_ram(mm, all, trace::Cause::GpuFault);
         }
         let lock = MmapLock::read(mm);
         let range = region..region + (wanted.end() << PAGE_SHIFT);
@@ -361,7 +359,7 @@ impl Space {
                 Err(Obstacle::ReadOnlyInVram) => {
                     let all = region..region + REGION_BYTES;
                     let cause = trace::Cause::GpuFault;
-                    self.to_ram(&mut service.migration, mm, all, cause)?;
+                    self.to_ram(mm, all, cause)?;
                 }
                 Err(Obstacle::Shared) => {
                     let taken = self.take_from_cpu(service, mm, region, &wanted.atomics());

@@ -4,7 +4,13 @@
 //! What the CPU has is asked each time and written to the GPU's tables under the update lock, if
 //! nothing changed meanwhile; so there is nothing to keep in step.
 
-use super::{fault::Fault, residence::Pagemap, Service, Space, REGION_BYTES};
+use super::{
+    fault::{Fault, ATTEMPTS},
+    migrate::RunPages,
+    mirror::Tables,
+    residence::Pagemap,
+    Service, Space, REGION_BYTES,
+};
 use crate::{
     kapi::{hmm::HmmPfn, mm::MmapLock},
     svm::page_table::{Entries, PageSet, Supplies},
@@ -17,18 +23,15 @@ use farfault_protocol::{
     event::Access,
     pte::{Location, Pte},
 };
-use kernel::{
-    mm::MmWithUser,
-    page::{PAGE_SHIFT, PAGE_SIZE},
-    prelude::*,
-};
+use kernel::{mm::MmWithUser, page::PAGE_SHIFT, prelude::*};
 
 /// Size, in pages, of the aligned group around a fault that is mapped along with it, as far as the
 /// CPU has the pages already.
 const MAP_AROUND: usize = BLOCK_PAGES / u64::BITS as usize;
-
-/// Of a page that is to be mapped if the CPU has it.
-const IF_THERE: u8 = u8::MAX;
+/// Regions that are looked at and mapped at once.
+pub(super) const GROUP: usize = 8;
+/// Page-table runs for tables of one region, at most.
+const TABLE_RUNS: usize = 8;
 
 /// Why an attempt to map pages failed.
 pub(super) enum Obstacle {
@@ -95,46 +98,129 @@ impl Space {
         Ok(())
     }
 
-    /// Maps what is there of a range, inside one region, so that the GPU's next use need not fault.
-    pub(super) fn map_ahead(&self, service: &mut Service, mm: &MmWithUser, range: Range<usize>) {
-        let region = range.start & !(REGION_BYTES - 1);
-        let pages = (range.start - region) >> PAGE_SHIFT..(range.end - region) >> PAGE_SHIFT;
-        // Where it does not work out, the GPU faults.
-        let _ = self.try_map(service, mm, region, &Wanted::near(pages), None);
-    }
-
-    /// Which pages of a range of up to [`BLOCK_PAGES`] are mapped, by their index in the range.
-    pub(super) fn mapped_pages(&self, range: Range<usize>) -> Result<PageSet> {
-        let tables = self.mirror.lock();
-        let table = tables.table.as_ref().ok_or(ENODEV)?;
-        let mut set = PageSet::EMPTY;
-        for (index, address) in range.step_by(PAGE_SIZE).enumerate() {
-            let region = address & !(REGION_BYTES - 1);
-            if table.mapped(region).has((address - region) >> PAGE_SHIFT) {
-                set.insert(index);
-            }
-        }
-        Ok(set)
-    }
-
-    /// Maps those of the [`BLOCK_PAGES`] pages from `start` on that `pages` names by their index, as far
-    /// as the CPU has them.
-    pub(super) fn map_if_there(
+    /// Maps pages of a run as far as the CPU has them, and with `vram` only those that are in VRAM, so
+    /// that the GPU's next use need not fault.
+    pub(super) fn map_run(
         &self,
         service: &mut Service,
         mm: &MmWithUser,
-        start: usize,
-        pages: &PageSet,
+        pages: &RunPages,
+        vram: bool,
     ) {
-        let region = start & !(REGION_BYTES - 1);
-        let first = (start - region) >> PAGE_SHIFT;
-        let (here, next) = pages.split_at(first);
-        for (region, pages) in [(region, here), (region + REGION_BYTES, next)] {
-            if !pages.is_empty() {
-                // Where it does not work out, the GPU faults.
-                let _ = self.try_map(service, mm, region, &Wanted::if_there(&pages), None);
+        let mut regions = pages
+            .regions()
+            .filter(|(_, set)| !set.is_empty())
+            .peekable();
+        while let Some((first, _)) = regions.peek().copied() {
+            let mut group = [(0, &PageSet::EMPTY); GROUP];
+            let mut count = 0;
+            while let Some(next) = regions.next_if(|(r, _)| *r < first + GROUP * REGION_BYTES) {
+                group[count] = next;
+                count += 1;
+            }
+            for _ in 0..ATTEMPTS {
+                match self.try_map_group(service, mm, &group[..count], vram) {
+                    Err(Obstacle::Changed) => {}
+                    // Where it does not work out, the GPU faults.
+                    _ => break,
+                }
             }
         }
+    }
+
+    /// One attempt at up to [`GROUP`] regions that are near each other.
+    fn try_map_group(
+        &self,
+        service: &mut Service,
+        mm: &MmWithUser,
+        group: &[(usize, &PageSet)],
+        vram: bool,
+    ) -> Result<(), Obstacle> {
+        let mut supplies = [const { Supplies::NONE }; GROUP];
+        let mut ready = Ok(());
+        for (&(region, _), supplies) in group.iter().zip(&mut supplies) {
+            ready = ready.and_then(|()| {
+                *supplies = self.supplies(region)?;
+                Ok::<_, Error>(())
+            });
+        }
+        let result = ready
+            .map_err(Obstacle::from)
+            .and_then(|()| self.map_group(service, mm, group, vram, &mut supplies));
+        for supplies in &mut supplies {
+            supplies.give_back(&self.gpu.vram);
+        }
+        result
+    }
+
+    fn map_group(
+        &self,
+        service: &mut Service,
+        mm: &MmWithUser,
+        group: &[(usize, &PageSet)],
+        vram: bool,
+        supplies: &mut [Supplies],
+    ) -> Result<(), Obstacle> {
+        let (Some(&(first, _)), Some(&(last, _))) = (group.first(), group.last()) else {
+            return Ok(());
+        };
+        let map = self.gpu.pagemap()?;
+        service.group_pfns.fill(HmmPfn::NONE);
+        let lock = MmapLock::read(mm);
+        let snapshot = self.mirror.range_fault(
+            &lock,
+            first..last + REGION_BYTES,
+            map.owner(),
+            &mut service.group_pfns,
+        )?;
+        drop(lock);
+        let mut valid = snapshot.lock().ok_or(Obstacle::Changed)?;
+        let mut total = 0;
+        let (pfns, tables) = valid.parts();
+        let Tables { table, batch } = tables;
+        let table = table.as_mut().ok_or(ENODEV)?;
+        batch.clear();
+        for (&(region, set), supplies) in group.iter().zip(supplies) {
+            let at = (region - first) >> PAGE_SHIFT;
+            let pfns = pfns.get(at..at + BLOCK_PAGES).ok_or(EINVAL)?;
+            let mapped = table.mapped(region);
+            for (index, (slot, &pfn)) in service.entries.iter_mut().zip(pfns).enumerate() {
+                let wanted = set.has(index) && !mapped.has(index);
+                let leaf = wanted.then(|| leaf(&map, pfn, false, false)).flatten();
+                let leaf = leaf.filter(|leaf| !(vram && leaf.has(Pte::SYSTEM)));
+                *slot = leaf.unwrap_or(Pte::EMPTY);
+            }
+            let head = pfns.first().copied().unwrap_or(HmmPfn::NONE);
+            let entries = match service.entries.first() {
+                Some(&leaf) if set.is_full() && leaf != Pte::EMPTY && is_huge(head) => {
+                    Entries::Huge(Pte(leaf.0 | Pte::HUGE))
+                }
+                _ if service.entries.iter().all(|&leaf| leaf == Pte::EMPTY) => continue,
+                _ => Entries::Small(&service.entries),
+            };
+            self.touch(&service.entries);
+            total += table.map(region, entries, supplies, batch)?;
+            if !batch.has_room_for(BLOCK_PAGES + TABLE_RUNS) {
+                self.gpu.control(batch)?;
+                batch.clear();
+            }
+        }
+        if !batch.is_empty() {
+            self.gpu.control(batch)?;
+        }
+        self.count(|c| &c.pages_mapped, total as u64);
+        Ok(())
+    }
+
+    /// Notes that the pages in VRAM behind leaves are in use.
+    fn touch(&self, leaves: &[Pte]) {
+        let pages = leaves.iter().filter(|leaf| **leaf != Pte::EMPTY);
+        self.gpu
+            .vram
+            .touch(pages.filter_map(|leaf| match leaf.location() {
+                Location::Vram(address) => Some(VramPage::containing(address)),
+                Location::System(_) => None,
+            }));
     }
 
     /// One attempt to make the CPU have the wanted pages and to map them; also what there is near
@@ -192,8 +278,7 @@ impl Space {
         let mapped = table.mapped(region);
 
         let head = valid.pfns().first().copied().unwrap_or(HmmPfn::NONE);
-        let huge = head.is_valid() && !head.is_error() && head.order() >= BLOCK_ORDER;
-        let huge = huge && !(wanted.alone && wanted.is_part());
+        let huge = is_huge(head) && !(wanted.alone && wanted.is_part());
         for (index, slot) in service.entries.iter_mut().enumerate() {
             *slot = Pte::EMPTY;
             // A huge entry stands for all.
@@ -211,7 +296,7 @@ impl Space {
             if mapped.has(index) && !write {
                 continue;
             }
-            let near = access.is_none() && !wanted.alone;
+            let near = access.is_none();
             if near && !advised.contains(&address) {
                 continue;
             }
@@ -233,14 +318,13 @@ impl Space {
                 // Its own fault moves it.
                 continue;
             }
-            match leaf.location() {
-                // The CPU's own entry may be clean; the GPU's store must not be forgotten.
-                Location::System(_) if leaf.has(Pte::WRITABLE) => valid.mark_dirty(index),
-                Location::System(_) => {}
-                Location::Vram(address) => self.gpu.vram.touch(VramPage::containing(address)),
+            // The CPU's own entry may be clean; the GPU's store must not be forgotten.
+            if leaf.has(Pte::SYSTEM) && leaf.has(Pte::WRITABLE) {
+                valid.mark_dirty(index);
             }
             *slot = leaf;
         }
+        self.touch(&service.entries);
 
         let tables = valid.state();
         let table = tables.table.as_mut().ok_or(ENODEV)?;
@@ -260,10 +344,18 @@ impl Space {
                 replayed = true;
             }
         }
-        self.gpu.control(&mut tables.batch)?;
+        // All that was wanted may be mapped already.
+        if !tables.batch.is_empty() {
+            self.gpu.control(&mut tables.batch)?;
+        }
         self.count(|c| &c.pages_mapped, mapped as u64);
         Ok(replayed)
     }
+}
+
+/// Whether an entry stands for all of its region.
+fn is_huge(head: HmmPfn) -> bool {
+    head.is_valid() && !head.is_error() && head.order() >= BLOCK_ORDER
 }
 
 /// The leaf for a page as the CPU has it; memory of others and what is not there has none. RAM is
@@ -297,7 +389,7 @@ fn leaf(map: &Pagemap, pfn: HmmPfn, write: bool, atomic: bool) -> Option<Pte> {
 
 /// Which pages of a region are to be mapped. Its groups are as many as a word has bits.
 pub(super) struct Wanted {
-    /// By page: raw [`Access`], the strongest; [`IF_THERE`]; or zero.
+    /// By page: raw [`Access`], the strongest, or zero.
     pages: [u8; BLOCK_PAGES],
     /// By group of [`MAP_AROUND`] pages: one of them faulted.
     pub(super) groups: u64,
@@ -321,19 +413,6 @@ impl Wanted {
         wanted.alone = true;
         if let Some(part) = wanted.pages.get_mut(pages) {
             part.fill(access.raw());
-        }
-        wanted
-    }
-
-    /// These pages as far as they are there, and no other.
-    pub(super) fn if_there(set: &PageSet) -> Self {
-        let mut wanted = Self::NOTHING;
-        wanted.alone = true;
-        for (index, page) in wanted.pages.iter_mut().enumerate() {
-            if set.has(index) {
-                *page = IF_THERE;
-                wanted.groups |= 1 << (index / MAP_AROUND);
-            }
         }
         wanted
     }

@@ -1,32 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Pages to VRAM and home, for one address space.
 //!
-//! Each migration is of one region at most, and costs the device one command: mm collects and
-//! unmaps the pages, one list of copies goes to the copy engine, and mm switches over to what was
-//! copied. What cannot move (pinned, locked, shared in a way that mm refuses) stays where it is, and
-//! so does everything if the copy fails: the destinations are thrown away.
+//! mm collects and unmaps the pages of a batch, one list of copies goes to the copy engine, and mm
+//! switches over to what was copied ([`super::flight`]). While one batch is copied, the next one is
+//! collected. What cannot move (pinned, locked, shared in a way that mm refuses) stays where it is,
+//! and so does everything if the copy fails: the destinations are thrown away.
 //!
-//! After a migration nothing is mapped on the GPU; a fault does that, or `Space::map_ahead`.
+//! A request of the user is done in runs: one holding of the mmap lock, one look at what moved, few
+//! requests to map it.
 
-use super::{page_table::PageSet, residence::Pagemap, Space, REGION_BYTES};
+use super::{flight::Flight, page_table::PageSet, Space, REGION_BYTES};
 use crate::{
-    gpu::Gpu,
     kapi::{
-        folio::{PMD_ORDER, PMD_PAGES, PMD_SIZE},
-        migrate::{Collected, Entry, Migrated, Scratch, Source},
-        mm::MmapLock,
+        migrate::{Collected, Migrated},
+        mm::{MmapLock, Vma},
         signal::fatal_signal_pending,
         trace::{self, Cause, Direction},
     },
-    queue::CopyList,
     uapi,
-    vram::{Reservation, VramPage},
+    vram::VramPage,
 };
 use core::ops::Range;
-use farfault_protocol::{
-    address::{SystemAddr, VramAddr},
-    submit::CopyRun,
-};
 use kernel::{
     mm::MmWithUser,
     page::{PAGE_SHIFT, PAGE_SIZE},
@@ -34,6 +28,15 @@ use kernel::{
     sync::atomic::Relaxed,
     time::{Instant, Monotonic},
 };
+
+/// Most bytes of a batch.
+const BATCH_BYTES: usize = 2 * REGION_BYTES;
+/// Most bytes of a run.
+const RUN_BYTES: usize = 16 * REGION_BYTES;
+/// Regions that a run may have a part in.
+const RUN_REGIONS: usize = RUN_BYTES / REGION_BYTES + 1;
+/// A run has no more pages than one part of VRAM of so many.
+const VRAM_SHARE: usize = 4;
 
 /// What came home.
 #[derive(Clone, Copy, Default)]
@@ -51,6 +54,54 @@ pub(crate) struct Moved {
     pub(crate) stayed: usize,
 }
 
+/// Pages of a run, by region.
+pub(super) struct RunPages {
+    /// The first region.
+    base: usize,
+    sets: [PageSet; RUN_REGIONS],
+}
+
+impl RunPages {
+    /// None of a run that begins at `start`.
+    fn none(start: usize) -> Self {
+        Self {
+            base: start & !(REGION_BYTES - 1),
+            sets: [PageSet::EMPTY; RUN_REGIONS],
+        }
+    }
+
+    /// Adds the pages of a range.
+    fn insert(&mut self, range: Range<usize>) {
+        for address in range.step_by(PAGE_SIZE) {
+            let offset = address.wrapping_sub(self.base);
+            if let Some(set) = self.sets.get_mut(offset / REGION_BYTES) {
+                set.insert(offset % REGION_BYTES >> PAGE_SHIFT);
+            }
+        }
+    }
+
+    /// Each region with its pages.
+    pub(super) fn regions(&self) -> impl Iterator<Item = (usize, &PageSet)> {
+        let sets = self.sets.iter().enumerate();
+        sets.map(|(i, set)| (self.base + i * REGION_BYTES, set))
+    }
+
+    fn regions_mut(&mut self) -> impl Iterator<Item = (usize, &mut PageSet)> {
+        let base = self.base;
+        let sets = self.sets.iter_mut().enumerate();
+        sets.map(move |(i, set)| (base + i * REGION_BYTES, set))
+    }
+}
+
+/// What is done about memory that cannot migrate.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Unmovable {
+    /// It stays.
+    Skip,
+    /// `EINVAL`.
+    Refuse,
+}
+
 impl Space {
     /// Moves the pages of a range on request. `EFAULT`: part of it is not mapped; what is before that
     /// part was moved.
@@ -59,35 +110,30 @@ impl Space {
         let mut total = Moved::default();
         let mut at = range.start;
         while at < range.end {
-            let end = {
-                let lock = MmapLock::read(&mm);
-                let vma = lock.vma_lookup(at).ok_or(EFAULT)?;
-                let region_end = (at & !(REGION_BYTES - 1)) + REGION_BYTES;
-                range.end.min(region_end).min(vma.end())
-            };
+            let wanted = self.run_end(at, range.end);
+            let run = at..mapped_end(&MmapLock::read(&mm), at, wanted).ok_or(EFAULT)?;
             let mut service = self.service()?;
-            let moved = match to {
-                uapi::Place::Vram => {
-                    let m = self.to_vram(&mut service.migration, &mm, at..end, Cause::Request)?;
-                    self.map_ahead(&mut service, &mm, at..end);
-                    m.len()
-                }
-                _ => {
-                    self.to_ram(&mut service.migration, &mm, at..end, Cause::Request)?
-                        .pages
-                }
-            };
-            let in_vram = self.count_in_vram(&mut service, &mm, at..end)?;
-            drop(service);
-            let pages = (end - at) >> PAGE_SHIFT;
+            let mut moved = 0;
+            if to == uapi::Place::Vram {
+                let mut all = RunPages::none(run.start);
+                all.insert(run.clone());
+                let count = |_: usize, pages: usize| moved += pages;
+                self.to_vram(&mm, run.clone(), Cause::Request, Unmovable::Skip, count)?;
+                self.map_run(&mut service, &mm, &all, true);
+            } else {
+                moved = self.to_ram(&mm, run.clone(), Cause::Request)?.pages;
+            }
+            let pages = run.len() >> PAGE_SHIFT;
             let elsewhere = match to {
-                uapi::Place::Vram => pages - in_vram,
-                _ => in_vram,
+                _ if moved >= pages => 0,
+                uapi::Place::Vram => pages - self.count_in_vram(&mut service, &mm, run.clone())?,
+                _ => self.count_in_vram(&mut service, &mm, run.clone())?,
             };
+            drop(service);
             total.stayed += elsewhere;
             total.moved += moved.min(pages - elsewhere);
             total.there += (pages - elsewhere).saturating_sub(moved);
-            at = end;
+            at = run.end;
             self.gpu.usable()?;
             if fatal_signal_pending() {
                 return Err(EINTR);
@@ -98,19 +144,21 @@ impl Space {
 
     /// Moves what can be moved of a range to VRAM, and maps for the GPU what moved and what was mapped
     /// before. `EINVAL`: part of it is not mapped, not readable, or of a kind that cannot migrate; what
-    /// is before that part was moved.
+    /// is before that part was moved. A range that does not begin at a huge page's border is moved in
+    /// parts of that size, which splits the huge pages in it.
     pub(crate) fn migrate_parts_to_vram(&self, range: Range<usize>) -> Result {
         let mm = self.mm()?;
         let mut at = range.start;
         while at < range.end {
-            let part = at..part_end(&mm, at, range.end)?;
+            let run = at..self.run_end(at, range.end);
             let mut service = self.service()?;
-            let mut kept = self.mapped_pages(part.clone())?;
-            let moved = self.to_vram(&mut service.migration, &mm, part.clone(), Cause::Request)?;
-            kept.extend(&moved);
-            self.map_if_there(&mut service, &mm, part.start, &kept);
+            let mut kept = self.mapped_pages(run.clone())?;
+            let landed = |address, pages| kept.insert(address..address + (pages << PAGE_SHIFT));
+            let moved = self.to_vram(&mm, run.clone(), Cause::Request, Unmovable::Refuse, landed);
+            self.map_run(&mut service, &mm, &kept, false);
             drop(service);
-            at = part.end;
+            moved?;
+            at = run.end;
             self.gpu.usable()?;
             if fatal_signal_pending() {
                 return Err(EINTR);
@@ -126,12 +174,13 @@ impl Space {
         let mut folios = 0;
         let mut at = range.start;
         while at < range.end {
-            let end = part_end(&mm, at, range.end)?;
-            let mut service = self.service()?;
-            let home = self.to_ram(&mut service.migration, &mm, at..end, Cause::Request)?;
+            let run = at..self.run_end(at, range.end);
+            let service = self.service()?;
+            let unmovable = Unmovable::Refuse;
+            let home = self.run_home(&mm, run.clone(), Cause::Request, unmovable, |_| true)?;
             drop(service);
             folios += home.folios;
-            at = end;
+            at = run.end;
             self.gpu.usable()?;
             if fatal_signal_pending() {
                 return Err(EINTR);
@@ -140,159 +189,151 @@ impl Space {
         Ok(folios)
     }
 
-    /// Moves what can be moved of a range of at most [`BLOCK_PAGES`] pages to VRAM. Returns the pages
-    /// that moved, by their index in the range.
-    pub(super) fn to_vram(
+    /// Moves what can be moved of a range, inside one region, to VRAM for a fault. Returns whether
+    /// anything moved.
+    pub(super) fn fault_to_vram(&self, mm: &MmWithUser, range: Range<usize>) -> Result<bool> {
+        let mut any = false;
+        let landed = |_, _| any = true;
+        self.to_vram(mm, range, Cause::GpuFault, Unmovable::Skip, landed)?;
+        Ok(any)
+    }
+
+    /// Moves what can be moved of a run to VRAM. Tells `landed` what moved: addresses, and how many
+    /// pages from there on.
+    fn to_vram(
         &self,
-        scratch: &mut Scratch,
         mm: &MmWithUser,
         range: Range<usize>,
         cause: Cause,
-    ) -> Result<PageSet> {
-        let started = Instant::<Monotonic>::now();
+        unmovable: Unmovable,
+        mut landed: impl FnMut(usize, usize),
+    ) -> Result {
         let map = self.gpu.pagemap()?;
         // Before the mmap lock is taken: it may bring pages of other processes home.
-        let mut room = self
-            .gpu
-            .make_room(self.context, range.len() >> PAGE_SHIFT)?;
+        let pages = range.len() >> PAGE_SHIFT;
+        let mut room = self.gpu.make_room(self.context, pages)?;
+        let asked = matches!(cause, Cause::Request);
         let lock = MmapLock::read(mm);
-        let mut moved = PageSet::EMPTY;
+        let mut land = |flight: Option<(Flight<'_>, Batch)>| -> Result {
+            let Some((flight, batch)) = flight else {
+                return Ok(());
+            };
+            let migrated = flight.land()?;
+            let mut moved = 0;
+            for (index, order) in migrated.entries() {
+                landed(batch.range.start + (index << PAGE_SHIFT), 1 << order);
+                moved += 1 << order;
+            }
+            drop(migrated);
+            self.count(|c| &c.pages_to_vram, moved as u64);
+            self.finish(batch, Direction::ToDevice, cause, moved);
+            Ok(())
+        };
+        let mut flight = None;
         let mut at = range.start;
-        while let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < range.end) {
-            let part = at.max(vma.start())..range.end.min(vma.end());
+        while let Some((vma, part)) = next_part(&lock, at, range.end, unmovable)? {
             at = part.end;
-            let asked = matches!(cause, Cause::Request);
             // Of a private mapping of a file, the pages that were written can move.
             let movable = vma.is_anonymous() || (asked && !vma.is_shared());
-            if movable && vma.is_readable() && vma.can_migrate() {
-                let first = (part.start - range.start) >> PAGE_SHIFT;
-                let collected = Collected::system_to_device(&vma, part, map.owner(), scratch)?;
-                let migrated = self.upload(&map, collected, &mut room)?;
-                for (index, order) in migrated.entries() {
-                    (index..index + (1 << order)).for_each(|i| moved.insert(first + i));
-                }
+            if !(movable && vma.is_readable() && vma.can_migrate()) {
+                continue;
             }
-            if at >= range.end {
-                break;
-            }
+            let batch = Batch::begin(part);
+            let collected = Collected::system_to_device(vma, batch.range.clone(), map.owner())?;
+            let fails = || self.takes_failure();
+            let next = Flight::to_vram(&self.gpu, &map, collected, &mut room, fails)?;
+            land(flight.replace((next, batch)))?;
         }
-        drop(lock);
-        self.count(|c| &c.pages_to_vram, moved.len() as u64);
-        self.finish(range, Direction::ToDevice, cause, moved.len(), started);
-        Ok(moved)
+        land(flight)
     }
 
-    /// Copies what was collected to VRAM, as far as there is room, and lets it move.
-    fn upload<'a>(
-        &self,
-        map: &Pagemap,
-        mut collected: Collected<'a>,
-        room: &mut Reservation<'_>,
-    ) -> Result<Migrated<'a>> {
-        let mut copies = CopyList::new(PMD_PAGES, self.gpu.limits.max_copy_run)?;
-        let mut index = 0;
-        while let Some(entry) = collected.next_entry(index) {
-            index = entry.index + (1 << entry.order);
-            self.give_room(map, &mut collected, entry, room, &mut copies)?;
-        }
-        self.gpu.copy(copies)?;
-        Ok(collected.pages())
-    }
-
-    /// Brings the pages of a range, inside one region, home. Returns how many.
+    /// Brings the pages of a range home.
     pub(super) fn to_ram(
         &self,
-        scratch: &mut Scratch,
         mm: &MmWithUser,
         range: Range<usize>,
         cause: Cause,
     ) -> Result<Home> {
-        self.some_to_ram(scratch, mm, range, cause, |_| true)
+        self.some_to_ram(mm, range, cause, |_| true)
     }
 
     /// Brings those pages of a range home that `wanted` names.
     pub(super) fn some_to_ram(
         &self,
-        scratch: &mut Scratch,
         mm: &MmWithUser,
         range: Range<usize>,
         cause: Cause,
         wanted: impl Fn(VramPage) -> bool,
     ) -> Result<Home> {
-        let started = Instant::<Monotonic>::now();
+        self.run_home(mm, range, cause, Unmovable::Skip, wanted)
+    }
+
+    fn run_home(
+        &self,
+        mm: &MmWithUser,
+        range: Range<usize>,
+        cause: Cause,
+        unmovable: Unmovable,
+        wanted: impl Fn(VramPage) -> bool,
+    ) -> Result<Home> {
         let map = self.gpu.pagemap()?;
         let lock = MmapLock::read(mm);
         let mut home = Home::default();
-        let mut at = range.start;
-        while at < range.end {
-            let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < range.end) else {
-                break;
+        let mut land = |flight: Option<(Flight<'_>, Batch)>| -> Result {
+            let Some((flight, batch)) = flight else {
+                return Ok(());
             };
-            let part = at.max(vma.start())..range.end.min(vma.end());
+            let migrated: Migrated<'_> = flight.land()?;
+            let mut moved = 0;
+            for (_, order) in migrated.entries() {
+                moved += 1 << order;
+                home.folios += 1;
+            }
+            drop(migrated);
+            home.pages += moved;
+            self.count(|c| &c.pages_to_ram, moved as u64);
+            self.finish(batch, Direction::ToSystem, cause, moved);
+            Ok(())
+        };
+        let mut flight = None;
+        let mut at = range.start;
+        while let Some((vma, part)) = next_part(&lock, at, range.end, unmovable)? {
             at = part.end;
             if !vma.can_migrate() {
                 continue;
             }
-            let mut collected = Collected::device_to_system(&vma, part, map.owner(), scratch)?;
+            let batch = Batch::begin(part);
+            let collected = Collected::device_to_system(vma, batch.range.clone(), map.owner())?;
             let fails = || self.takes_failure();
-            download(&self.gpu, &map, &mut collected, &wanted, fails)?;
-            for (_, order) in collected.pages().entries() {
-                home.pages += 1 << order;
-                home.folios += 1;
-            }
+            let next = Flight::home(&self.gpu, &map, collected, &wanted, fails)?;
+            land(flight.replace((next, batch)))?;
         }
-        drop(lock);
-        self.count(|c| &c.pages_to_ram, home.pages as u64);
-        self.finish(range, Direction::ToSystem, cause, home.pages, started);
+        land(flight)?;
         Ok(home)
     }
 
-    /// Gives one collected entry destinations in VRAM, as far as there is room, and lists the copies.
-    fn give_room(
-        &self,
-        map: &Pagemap,
-        collected: &mut Collected<'_>,
-        entry: Entry,
-        room: &mut Reservation<'_>,
-        copies: &mut CopyList,
-    ) -> Result {
-        let vram = &self.gpu.vram;
-        let address = collected.address(entry.index);
-        let source = match entry.source {
-            Source::Page(pfn) => Some(pfn.phys()),
-            Source::Hole => None,
-        };
-        let run = |to: VramAddr, offset: u64, bytes: usize| match source {
-            Some(from) => CopyRun::upload(SystemAddr::new(from + offset), to, bytes as u32),
-            None => CopyRun::fill(0, to, bytes as u32),
-        };
-        let fails = self.takes_failure();
-        if fails && entry.order == 0 {
-            return Ok(());
-        }
-        if entry.order == PMD_ORDER {
-            if let Some(block) = (!fails).then(|| room.block()).flatten() {
-                let folio = map.init_folio(block.into(), PMD_ORDER)?;
-                vram.put_at(block, PMD_ORDER, address);
-                if collected.set_device(entry.index, folio).is_ok() {
-                    copies.push(run(block.address(), 0, PMD_SIZE))?;
-                }
-                return Ok(());
-            }
-            if room.len() < PMD_PAGES {
-                // Part of a huge page would split it for little.
-                return Ok(());
+    /// Where a run from `at` on ends.
+    fn run_end(&self, at: usize, end: usize) -> usize {
+        let share = (self.gpu.vram.pages() / VRAM_SHARE) << PAGE_SHIFT;
+        let most = RUN_BYTES.min(share & !(REGION_BYTES - 1)).max(REGION_BYTES);
+        end.min(at.saturating_add(most))
+    }
+
+    /// Which pages of a run the GPU has mapped.
+    fn mapped_pages(&self, run: Range<usize>) -> Result<RunPages> {
+        let tables = self.mirror.lock();
+        let table = tables.table.as_ref().ok_or(ENODEV)?;
+        let mut pages = RunPages::none(run.start);
+        for (region, set) in pages.regions_mut() {
+            let inside = run.start.max(region)..run.end.min(region + REGION_BYTES);
+            if !inside.is_empty() {
+                let first = (inside.start - region) >> PAGE_SHIFT;
+                *set = table
+                    .mapped(region)
+                    .within(first..first + (inside.len() >> PAGE_SHIFT));
             }
         }
-        for i in 0..1usize << entry.order {
-            let Some(page) = room.page() else { break };
-            let folio = map.init_folio(page.into(), 0)?;
-            vram.put_at(page, 0, address + (i << PAGE_SHIFT));
-            if collected.set_device(entry.index + i, folio).is_ok() {
-                copies.push(run(page.address(), (i << PAGE_SHIFT) as u64, PAGE_SIZE))?;
-            }
-        }
-        Ok(())
+        Ok(pages)
     }
 
     /// Makes the next allocation for a migration fail, once.
@@ -305,93 +346,76 @@ impl Space {
         self.fail_next.load(Relaxed) && self.fail_next.xchg(false, Relaxed)
     }
 
-    fn finish(
-        &self,
-        range: Range<usize>,
-        direction: Direction,
-        cause: Cause,
-        moved: usize,
-        started: Instant<Monotonic>,
-    ) {
-        let elapsed = started.elapsed().as_nanos().max(0) as u64;
+    fn finish(&self, batch: Batch, direction: Direction, cause: Cause, moved: usize) {
+        let elapsed = batch.started.elapsed().as_nanos().max(0) as u64;
         self.count(|c| &c.migrate_ns, elapsed);
         trace::migrate(
             self.gpu.index(),
             self.context,
-            range.start as u64,
-            range.end as u64,
+            batch.range.start as u64,
+            batch.range.end as u64,
             direction,
             cause,
             moved as u64,
-            (range.len() >> PAGE_SHIFT) as u64,
+            (batch.range.len() >> PAGE_SHIFT) as u64,
         );
     }
 }
 
-/// Where the part of a range from `at` on ends that migrates at once. `EINVAL`: there is nothing that
-/// could migrate.
-fn part_end(mm: &MmWithUser, at: usize, end: usize) -> Result<usize> {
-    let lock = MmapLock::read(mm);
-    let vma = lock.vma_lookup(at).filter(|vma| vma.is_readable());
-    let vma = vma.filter(|vma| vma.can_migrate()).ok_or(EINVAL)?;
-    Ok(end.min(at.saturating_add(REGION_BYTES)).min(vma.end()))
+/// Addresses that migrate at once, and since when.
+struct Batch {
+    range: Range<usize>,
+    started: Instant<Monotonic>,
 }
 
-/// Gives the collected pages that `wanted` names destinations in RAM and copies them there.
-/// `ENOMEM`: there is no memory for any of them, or `fails` said so of one. Any other error is the
-/// device's.
-pub(super) fn download(
-    gpu: &Gpu,
-    map: &Pagemap,
-    collected: &mut Collected<'_>,
-    wanted: impl Fn(VramPage) -> bool,
-    fails: impl Fn() -> bool,
-) -> Result {
-    let mut copies = CopyList::new(PMD_PAGES, gpu.limits.max_copy_run)?;
-    let mut short = false;
-    let mut index = 0;
-    while let Some(entry) = collected.next_entry(index) {
-        index = entry.index + (1 << entry.order);
-        let Source::Page(pfn) = entry.source else {
-            continue;
-        };
-        let Some(page) = map.lookup(pfn).map(VramPage::from).filter(|&p| wanted(p)) else {
-            continue;
-        };
-        let mut order = entry.order;
-        let mut done = 0;
-        while done < 1 << entry.order {
-            let failed = fails();
-            if failed && order == 0 {
-                return Err(ENOMEM);
-            }
-            let folio = (!failed).then(|| collected.alloc_folio(entry.index + done, order));
-            let Some(folio) = folio.flatten() else {
-                if order == 0 {
-                    short = true;
-                    break;
-                }
-                order = 0;
-                continue;
-            };
-            let from = VramPage(page.0 + done as u32).address();
-            let to = SystemAddr::new(folio.phys());
-            if collected.set_system(entry.index + done, folio).is_err() {
-                // mm takes this one as a whole only, and there was no memory for that.
-                short = true;
-                break;
-            }
-            copies.push(CopyRun::download(from, to, (PAGE_SIZE << order) as u32))?;
-            done += 1 << order;
+impl Batch {
+    fn begin(range: Range<usize>) -> Self {
+        Self {
+            range,
+            started: Instant::now(),
         }
     }
-    if short && copies.is_empty() {
-        return Err(ENOMEM);
+}
+
+/// Where the first gap in what is mapped from `at` on is, at most `end`.
+fn mapped_end(lock: &MmapLock<'_>, at: usize, end: usize) -> Option<usize> {
+    let mut mapped = lock.vma_lookup(at)?.end();
+    while mapped < end {
+        match lock.vma_lookup(mapped) {
+            Some(vma) => mapped = vma.end(),
+            None => return Some(mapped),
+        }
     }
-    let copied = gpu.copy(copies);
-    if copied.is_err() {
-        // A device that is only slow may write to them yet.
-        collected.leak_destinations();
+    Some(end)
+}
+
+/// The next batch from `at` on, inside one mapping.
+fn next_part<'a>(
+    lock: &'a MmapLock<'_>,
+    at: usize,
+    end: usize,
+    unmovable: Unmovable,
+) -> Result<Option<(Vma<'a>, Range<usize>)>> {
+    if at >= end {
+        return Ok(None);
     }
-    copied
+    let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < end) else {
+        return match unmovable {
+            Unmovable::Skip => Ok(None),
+            Unmovable::Refuse => Err(EINVAL),
+        };
+    };
+    let movable = vma.start() <= at && vma.is_readable() && vma.can_migrate();
+    if unmovable == Unmovable::Refuse && !movable {
+        return Err(EINVAL);
+    }
+    let start = at.max(vma.start());
+    let region = start & !(REGION_BYTES - 1);
+    let most = match unmovable {
+        _ if start == region => start.saturating_add(BATCH_BYTES),
+        // So that no huge page is parted that need not be.
+        Unmovable::Skip => region.saturating_add(REGION_BYTES),
+        Unmovable::Refuse => start.saturating_add(REGION_BYTES),
+    };
+    Ok(Some((vma, start..end.min(vma.end()).min(most))))
 }

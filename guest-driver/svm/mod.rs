@@ -11,6 +11,7 @@
 //! | `access` | the driver's own reads and writes through the GPU |
 //! | `map` | from the CPU's page tables to the GPU's |
 //! | `migrate` | pages to VRAM and home, for one address space |
+//! | `flight` | pages on their way |
 //! | `residence` | what mm asks of a page in VRAM: the CPU's fault, the last reference |
 //! | `evict` | room in VRAM, and everything home |
 //! | `query` | where the pages are |
@@ -34,6 +35,7 @@ pub(crate) mod advice;
 pub(crate) mod evict;
 pub(crate) mod exclusive;
 pub(crate) mod fault;
+mod flight;
 pub(crate) mod jobs;
 pub(crate) mod map;
 pub(crate) mod migrate;
@@ -52,7 +54,7 @@ use self::{
 };
 use crate::{
     gpu::Gpu,
-    kapi::{folio::PMD_SIZE, hmm::HmmPfn, migrate::Scratch, mm, mmu_interval::IntervalNotifier},
+    kapi::{folio::PMD_SIZE, hmm::HmmPfn, mm, mmu_interval::IntervalNotifier},
     queue::Batch,
     stats::Counters,
     uapi,
@@ -90,8 +92,9 @@ pub(crate) struct Service {
     /// A region was given up.
     stuck: bool,
     pfns: KVVec<HmmPfn>,
+    /// For several regions at once.
+    group_pfns: KVVec<HmmPfn>,
     entries: KVVec<Pte>,
-    migration: Scratch,
 }
 
 impl Service {
@@ -101,8 +104,8 @@ impl Service {
             failed: KVec::with_capacity(fault::MAX_BATCH, GFP_KERNEL)?,
             stuck: false,
             pfns: KVVec::from_elem(HmmPfn::NONE, BLOCK_PAGES, GFP_KERNEL)?,
+            group_pfns: KVVec::from_elem(HmmPfn::NONE, map::GROUP * BLOCK_PAGES, GFP_KERNEL)?,
             entries: KVVec::from_elem(Pte::EMPTY, BLOCK_PAGES, GFP_KERNEL)?,
-            migration: Scratch::new(BLOCK_PAGES)?,
         })
     }
 }

@@ -47,22 +47,16 @@ impl PageSet {
         self.0[index / 64] |= 1 << (index % 64);
     }
 
-    pub(crate) fn extend(&mut self, other: &Self) {
-        for (word, other) in self.0.iter_mut().zip(other.0) {
-            *word |= other;
+    /// Those of a range of indexes.
+    pub(crate) fn within(mut self, range: Range<usize>) -> Self {
+        for index in (0..BLOCK_PAGES).filter(|index| !range.contains(index)) {
+            self.remove(index);
         }
+        self
     }
 
-    /// The set moved up by `first` pages: what is still in the region, and what is in the next.
-    pub(crate) fn split_at(&self, first: usize) -> (Self, Self) {
-        let (mut here, mut next) = (Self::EMPTY, Self::EMPTY);
-        for index in (0..BLOCK_PAGES).filter(|&index| self.has(index)) {
-            match (index + first).checked_sub(BLOCK_PAGES) {
-                None => here.insert(index + first),
-                Some(index) => next.insert(index),
-            }
-        }
-        (here, next)
+    pub(crate) fn is_full(&self) -> bool {
+        *self == Self::FULL
     }
 
     fn remove(&mut self, index: usize) {
@@ -71,10 +65,6 @@ impl PageSet {
 
     pub(crate) fn is_empty(&self) -> bool {
         *self == Self::EMPTY
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.0.iter().map(|word| word.count_ones() as usize).sum()
     }
 }
 

@@ -94,7 +94,7 @@ impl Space {
         Ok(true)
     }
 
-    /// How many pages of a range, inside one region, the CPU's page tables have in VRAM.
+    /// How many pages of a range the CPU's page tables have in VRAM.
     pub(super) fn count_in_vram(
         &self,
         service: &mut Service,
@@ -102,23 +102,24 @@ impl Space {
         range: Range<usize>,
     ) -> Result<usize> {
         let map = self.gpu.pagemap()?;
-        let first = first_index(range.start);
-        for _ in 0..ATTEMPTS {
-            match self.look(mm, &map, region(range.start)..range.end, &mut service.pfns) {
-                Err(e) if e == EBUSY => continue,
-                result => result?,
+        let mut count = 0;
+        for region in (region(range.start)..range.end).step_by(REGION_BYTES) {
+            let part = range.start.max(region)..range.end.min(region + REGION_BYTES);
+            let mut looks = 0;
+            while let Err(error) = self.look(mm, &map, region..part.end, &mut service.pfns) {
+                looks += 1;
+                if error != EBUSY || looks == ATTEMPTS {
+                    return Err(error);
+                }
             }
-            let pages = service
-                .pfns
-                .iter()
-                .skip(first)
-                .take(range.len() >> PAGE_SHIFT);
-            return Ok(pages
+            let pages = service.pfns.iter().skip(first_index(part.start));
+            count += pages
+                .take(part.len() >> PAGE_SHIFT)
                 .filter(|p| p.is_valid() && !p.is_error())
-                .filter_map(|p| map.lookup(p.pfn()?))
-                .count());
+                .filter(|p| p.pfn().is_some_and(|pfn| map.lookup(pfn).is_some()))
+                .count();
         }
-        Err(EBUSY)
+        Ok(count)
     }
 
     fn observe(

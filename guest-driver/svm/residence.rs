@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What mm asks of a page in VRAM: bring it home for the CPU, and take it back when nobody has it.
 
-use super::migrate::download;
+use super::flight::Flight;
 use crate::{
     gpu::Gpu,
     kapi::{
-        migrate::{Collected, Scratch},
+        migrate::Collected,
         pagemap::{DevicePage, DevicePagemap, Fault, PagemapOps, VmFault},
         trace::{self, Cause, Direction},
     },
@@ -37,22 +37,20 @@ impl PagemapOps for Residence {
         let gpu = &map.gpu;
         let bytes = PAGE_SIZE << fault.order();
         let start = fault.address() & !(bytes - 1);
-        let Ok(mut scratch) = Scratch::new(1 << fault.order()) else {
-            return VmFault::Oom;
-        };
-        let range = start..start + bytes;
-        let Ok(mut collected) = Collected::fault(fault, range, map.owner(), &mut scratch) else {
-            return VmFault::SigBus;
+        let collected = match Collected::fault(fault, start..start + bytes, map.owner()) {
+            Ok(collected) => collected,
+            Err(e) if e == ENOMEM => return VmFault::Oom,
+            Err(_) => return VmFault::SigBus,
         };
         let page = map.lookup(fault.pfn());
         let context = page.and_then(|page| gpu.vram.context_of(page.into()));
         let fails = || context.is_some_and(|context| gpu.takes_failure(context));
-        match download(gpu, map, &mut collected, |_| true, fails) {
-            Ok(()) => {}
+        let flight = Flight::home(gpu, map, collected, |_| true, fails);
+        let moved = match flight.and_then(Flight::land) {
+            Ok(migrated) => migrated.count() as u64,
             Err(e) if e == ENOMEM => return VmFault::Oom,
             Err(_) => return VmFault::SigBus,
-        }
-        let moved = collected.pages().count() as u64;
+        };
         gpu.count(context, |c| &c.cpu_faults, 1);
         gpu.count(context, |c| &c.pages_to_ram, moved);
         trace::migrate(
