@@ -50,8 +50,11 @@ pub(crate) enum CopyError {
 /// Goes through runs piece by piece, each contiguous in the host.
 struct Cursor<'a> {
     memory: Memory<'a>,
-    runs: std::slice::Iter<'a, Target>,
-    rest: Option<Target>,
+    /// From the current one on.
+    runs: &'a [Target],
+    /// Bytes of the current run that lie behind.
+    done: u64,
+    /// Bytes of all runs that do.
     offset: u64,
     store: bool,
 }
@@ -60,8 +63,8 @@ impl<'a> Cursor<'a> {
     fn new(memory: Memory<'a>, runs: &'a [Target], store: bool) -> Self {
         Self {
             memory,
-            runs: runs.iter(),
-            rest: None,
+            runs,
+            done: 0,
             offset: 0,
             store,
         }
@@ -69,28 +72,26 @@ impl<'a> Cursor<'a> {
 
     /// What comes next, as far as it is contiguous; `None` at the end.
     fn peek(&mut self) -> Result<Option<VolatileSlice<'a>>, NoMemory> {
-        let run = match self.rest {
-            Some(run) if run.length > 0 => run,
-            _ => match self.runs.find(|run| run.length > 0) {
-                Some(run) => *run,
-                None => return Ok(None),
-            },
-        };
-        self.rest = Some(run);
-        let nothing = NoMemory {
-            offset: self.offset,
-        };
-        let slice = self.memory.first_slice(run, self.store).ok_or(nothing)?;
-        Ok(Some(slice))
+        while let Some((run, behind)) = self.runs.split_first() {
+            let rest = run.length - self.done;
+            if rest > 0 {
+                let at = advance(run.at, self.done);
+                let nothing = NoMemory {
+                    offset: self.offset,
+                };
+                let slice = self.memory.first_slice(at, rest, self.store);
+                return slice.ok_or(nothing).map(Some);
+            }
+            self.runs = behind;
+            self.done = 0;
+        }
+        Ok(None)
     }
 
     /// Steps over some of what [`Self::peek`] showed.
     fn consume(&mut self, bytes: u64) {
         self.offset += bytes;
-        if let Some(run) = &mut self.rest {
-            run.at = advance(run.at, bytes);
-            run.length = run.length.saturating_sub(bytes);
-        }
+        self.done += bytes;
     }
 }
 
@@ -119,6 +120,28 @@ impl<'a> Memory<'a> {
             from.consume(bytes);
             to.consume(bytes);
         }
+    }
+
+    /// Copies one run. Lists of thousands of these are common: what is between them and the bytes
+    /// stays in registers, as a value that goes through memory waits there for the bytes before it.
+    pub(crate) fn copy_run(
+        self,
+        to: Location,
+        from: Location,
+        length: u64,
+    ) -> Result<(), NoMemory> {
+        let mut offset = 0;
+        while offset < length {
+            let rest = length - offset;
+            let source = self.first_slice(advance(from, offset), rest, false);
+            let destination = self.first_slice(advance(to, offset), rest, true);
+            let (Some(source), Some(destination)) = (source, destination) else {
+                return Err(NoMemory { offset });
+            };
+            source.copy_to_volatile_slice(destination);
+            offset += source.len().min(destination.len()) as u64;
+        }
+        Ok(())
     }
 
     /// Repeats a word over runs.
@@ -221,7 +244,7 @@ impl<'a> Memory<'a> {
         store: bool,
         operate: impl FnOnce(&AtomicU64) -> T,
     ) -> Result<T, NoMemory> {
-        let slice = self.first_slice(Target { at, length: 8 }, store);
+        let slice = self.first_slice(at, 8, store);
         match slice.as_ref().map(|slice| slice.get_atomic_ref(0)) {
             Some(Ok(word)) => Ok(operate(word)),
             _ => Err(NoMemory { offset: 0 }),
@@ -264,13 +287,13 @@ impl<'a> Memory<'a> {
         Ok(())
     }
 
-    /// The longest part of a run, from its start, that is contiguous in the host.
-    fn first_slice(self, run: Target, store: bool) -> Option<VolatileSlice<'a>> {
-        match run.at {
-            Location::Vram(at) if store => self.vram.slice_mut(at, run.length),
-            Location::Vram(at) => self.vram.slice(at, run.length),
+    /// The longest part of `[at, at + length)`, from its start, that is contiguous in the host.
+    fn first_slice(self, at: Location, length: u64, store: bool) -> Option<VolatileSlice<'a>> {
+        match at {
+            Location::Vram(at) if store => self.vram.slice_mut(at, length),
+            Location::Vram(at) => self.vram.slice(at, length),
             Location::System(at) => {
-                let length = usize::try_from(run.length).ok()?;
+                let length = usize::try_from(length).ok()?;
                 let mut slices = self.ram.get_slices(GuestAddress(at.get()), length);
                 slices.next()?.ok()
             }

@@ -262,6 +262,11 @@ impl Gpu {
                 || (self.events.free_buffers() > 0 && self.contexts.any_unreported()))
     }
 
+    /// Whether copies are part of that work.
+    pub fn has_copies(&self) -> bool {
+        !self.resetting && self.copies.has_work()
+    }
+
     /// How much work was handed out and not retired.
     pub fn work_in_flight(&self) -> usize {
         self.flights.len()

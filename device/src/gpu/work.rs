@@ -172,15 +172,12 @@ fn no_memory(operand: Operand, offset: u64) -> Outcome {
 
 fn execute_list(memory: Memory<'_>, pieces: &[Piece], bytes: u64) -> Outcome {
     for piece in pieces {
-        let run = |at| Target {
-            at,
-            length: piece.length,
+        let &Piece { to, length, .. } = piece;
+        let done = match piece.from {
+            Source::Pattern(pattern) => memory.fill(&[Target { at: to, length }], pattern),
+            Source::Memory(from) => memory.copy_run(to, from, length),
         };
-        let ok = match piece.from {
-            Source::Pattern(pattern) => memory.fill(&[run(piece.to)], pattern).is_ok(),
-            Source::Memory(from) => memory.copy(&[run(piece.to)], &[run(from)]).is_ok(),
-        };
-        if !ok {
+        if done.is_err() {
             return Outcome::BadRun { run: piece.run };
         }
     }

@@ -8,9 +8,12 @@
 //! | thread | what it does |
 //! | --- | --- |
 //! | queue (3) | kick, take requests, reply, interrupt: no other thread in between |
-//! | worker (`--threads`) | takes work, executes it, retires it, delivers events and replies; takes requests that found no room |
+//! | worker (`--threads`) | takes work, executes it, retires it, delivers events and replies |
 //! | vhost-user | memory table and ring addresses: waits here until no work uses the old ones |
 //! | main | control socket: copies what it shows under the lock, prints it without; bench switch |
+//!
+//! The submit queue's thread works at copies, too, until none is left. Requests that the GPU had no
+//! room for stay in their ring, and a worker takes them later.
 //!
 //! Workers sleep on a condition variable. One that takes work wakes another if there is more, so
 //! that as many wake as there is work, and none for nothing.
@@ -133,6 +136,7 @@ impl Device {
                 }
                 match taken {
                     Taken::One => progress = true,
+                    Taken::Nothing if index == queue::SUBMIT && self.help_copy() => {}
                     Taken::Nothing => break,
                     // A worker comes back to it.
                     Taken::Later => return,
@@ -231,6 +235,13 @@ impl Device {
             // The control queue waits for nothing.
             self.work.notify_one();
         }
+    }
+
+    /// Does a piece of work if there are copies, so that these wait for no worker to wake, or to be
+    /// done with something else; whether there was one.
+    fn help_copy(&self) -> bool {
+        let state = self.state.lock();
+        state.queues.gpu.has_copies() && self.work_round(state).is_ok()
     }
 
     /// Copies something out of the GPU.
