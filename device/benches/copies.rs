@@ -2,7 +2,7 @@
 //! `cargo bench -p farfault-device`: what the device's own part of a request costs.
 //!
 //! It runs the real process over a real socket, with the front end of `tests/transport` in place of
-//! a VM: kick, execution, interrupt, no guest kernel and no QEMU. Copies are compared with `memcpy`
+//! a VM: kick, execution, interrupt, no guest kernel and no QEMU. Copies, and fills, are compared with `memcpy`
 //! of as many bytes in this process. All cases take turns, so that a machine that changes its speed
 //! changes it for all; figures are medians. Compare those of one run only.
 
@@ -20,9 +20,10 @@ use device::Device;
 use farfault_protocol::{
     address::VramAddr,
     config::queue,
+    control::PteRun,
     submit::{CopyRun, Reply},
 };
-use guest::{Guest, copy, nop, ram};
+use guest::{Guest, copy, nop, ram, write_ptes};
 use std::{
     hint::black_box,
     time::{Duration, Instant},
@@ -46,7 +47,8 @@ struct Case {
 enum What {
     Memcpy,
     Nop(u16),
-    /// Sent together, the second after the first is answered and without being measured itself.
+    Control(Vec<u8>),
+    /// `before` goes first and is not measured; the lists go together.
     Copy {
         before: Vec<Vec<u8>>,
         lists: Vec<Vec<u8>>,
@@ -98,6 +100,17 @@ fn cases(most_runs: usize) -> Vec<Case> {
         scattered(bytes).map(|place| run(place, PAGE)).collect()
     };
     let huge = 2 * MIB;
+    // Entries anywhere: they belong to no context, so nobody walks them.
+    let entries = |runs: usize, count: u64| {
+        let run = |index| PteRun {
+            entry: VramAddr::new(WINDOW + index * count * 8 % WINDOW),
+            first: 0.into(),
+            step: 0.into(),
+            count: (count as u32).into(),
+            reserved: 0.into(),
+        };
+        What::Control(write_ptes(&(0..runs as u64).map(run).collect::<Vec<_>>()))
+    };
     vec![
         case("memcpy", PAGE, What::Memcpy),
         case("memcpy", 64 * KIB, What::Memcpy),
@@ -105,6 +118,8 @@ fn cases(most_runs: usize) -> Vec<Case> {
         case("memcpy", WINDOW, What::Memcpy),
         case("nop on the control queue", 0, What::Nop(queue::CONTROL)),
         case("nop on the submit queue", 0, What::Nop(queue::SUBMIT)),
+        case("4096 entries, each a run", 0, entries(4096, 1)),
+        case("the longest control request", 0, entries(most_runs, 512)),
         copies("to VRAM, one page", PAGE, vec![], pages(PAGE, &up)),
         copies("to VRAM, pages", 64 * KIB, vec![], pages(64 * KIB, &up)),
         copies("to VRAM, one run", huge, vec![], vec![up((0, 0), huge)]),
@@ -161,6 +176,11 @@ fn measure(guest: &mut Guest, case: &Case, buffers: &mut (Vec<u8>, Vec<u8>)) -> 
         What::Nop(queue) => {
             let start = Instant::now();
             guest.request(*queue, &nop(), 16);
+            start.elapsed()
+        }
+        What::Control(request) => {
+            let start = Instant::now();
+            guest.control_ok(request);
             start.elapsed()
         }
         What::Copy { before, lists } => {
