@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `cargo bench -p farfault-device`: what the device's own part of a request costs.
+//! `cargo bench -p farfault-device --bench requests`: what the device's own part of a request costs.
 //!
 //! It runs the real process over a real socket, with the front end of `tests/transport` in place of
-//! a VM: kick, execution, interrupt, no guest kernel and no QEMU. Copies, and fills, are compared with `memcpy`
-//! of as many bytes in this process. All cases take turns, so that a machine that changes its speed
-//! changes it for all; figures are medians. Compare those of one run only.
+//! a VM: kick, execution, interrupt, no guest kernel and no QEMU. Copies and fills are compared with
+//! `memcpy` of as many bytes in this process. All cases take turns, so that a machine that changes
+//! its speed changes it for all; figures are medians. Compare those of one run only.
 
 #[allow(dead_code, reason = "a bench needs less of it than tests")]
 #[path = "../tests/transport/device.rs"]
@@ -21,9 +21,10 @@ use farfault_protocol::{
     address::VramAddr,
     config::queue,
     control::PteRun,
-    submit::{CopyRun, Reply},
+    pte::Location,
+    submit::{CopyRun, Kernel, Reply},
 };
-use guest::{Guest, copy, nop, ram, write_ptes};
+use guest::{Guest, Tables, copy, launch, nop, ram, write_ptes};
 use std::{
     hint::black_box,
     time::{Duration, Instant},
@@ -35,6 +36,8 @@ const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4 * KIB;
 /// What all cases stay within, in RAM and in VRAM.
 const WINDOW: u64 = 16 * MIB;
+/// The context of the faults.
+const CONTEXT: u32 = 0;
 
 /// One thing to be measured.
 struct Case {
@@ -48,6 +51,8 @@ enum What {
     Memcpy,
     Nop(u16),
     Control(Vec<u8>),
+    /// A job of one word on a page that is mapped when it faults: four requests and two events.
+    Fault(Tables),
     /// `before` goes first and is not measured; the lists go together.
     Copy {
         before: Vec<Vec<u8>>,
@@ -59,7 +64,8 @@ fn main() {
     let device = Device::start_with(&["--vram", "64M"]);
     let mut guest = Guest::boot(&device);
     let most_runs = (guest.config().max_request.get() as usize - 8) / size_of::<CopyRun>();
-    let mut cases = cases(most_runs);
+    let tables = guest.create_context(CONTEXT);
+    let mut cases = cases(most_runs, tables);
     let mut buffers = (vec![1u8; WINDOW as usize], vec![2u8; WINDOW as usize]);
     // Memory that is used for the first time would be measured too.
     let all = (0..WINDOW / MIB)
@@ -68,7 +74,7 @@ fn main() {
 
     for round in 0..=ROUNDS {
         for case in &mut cases {
-            let time = measure(&mut guest, case, &mut buffers);
+            let time = measure(&mut guest, case, round, &mut buffers);
             // The first is to warm up.
             if round > 0 {
                 case.samples.push(time);
@@ -78,7 +84,7 @@ fn main() {
     print(&mut cases);
 }
 
-fn cases(most_runs: usize) -> Vec<Case> {
+fn cases(most_runs: usize, tables: Tables) -> Vec<Case> {
     let case = |name, bytes, what| Case {
         name,
         bytes,
@@ -118,6 +124,7 @@ fn cases(most_runs: usize) -> Vec<Case> {
         case("memcpy", WINDOW, What::Memcpy),
         case("nop on the control queue", 0, What::Nop(queue::CONTROL)),
         case("nop on the submit queue", 0, What::Nop(queue::SUBMIT)),
+        case("a fault, mapped and replayed", 0, What::Fault(tables)),
         case("4096 entries, each a run", 0, entries(4096, 1)),
         case("the longest control request", 0, entries(most_runs, 512)),
         copies("to VRAM, one page", PAGE, vec![], pages(PAGE, &up)),
@@ -164,7 +171,12 @@ fn scattered(bytes: u64) -> impl Iterator<Item = (u64, u64)> {
     (0..bytes / PAGE).map(move |i| (i * 1229 % pages * PAGE, i * 2741 % pages * PAGE))
 }
 
-fn measure(guest: &mut Guest, case: &Case, buffers: &mut (Vec<u8>, Vec<u8>)) -> Duration {
+fn measure(
+    guest: &mut Guest,
+    case: &Case,
+    round: usize,
+    buffers: &mut (Vec<u8>, Vec<u8>),
+) -> Duration {
     match &case.what {
         What::Memcpy => {
             let length = case.bytes as usize;
@@ -181,6 +193,18 @@ fn measure(guest: &mut Guest, case: &Case, buffers: &mut (Vec<u8>, Vec<u8>)) -> 
         What::Control(request) => {
             let start = Instant::now();
             guest.control_ok(request);
+            start.elapsed()
+        }
+        What::Fault(tables) => {
+            // A page that it has not used yet.
+            let page = round as u64;
+            let (va, fence) = (page * PAGE, page);
+            let start = Instant::now();
+            guest.submit_ok(&launch(CONTEXT, Kernel::Sum, fence, [va, 8, 0, 0]));
+            let fault = guest.fault();
+            guest.map(*tables, va, Location::Vram(VramAddr::new(WINDOW)));
+            guest.replay(CONTEXT, fault.sequence.get());
+            guest.fence();
             start.elapsed()
         }
         What::Copy { before, lists } => {
