@@ -34,7 +34,9 @@ impl Space {
                 pages.insert(index);
             }
             let mut service = self.service()?;
-            self.to_ram(&mm, at..end, Cause::Request)?;
+            if self.count_in_vram(&mut service, &mm, at..end)? != 0 {
+                self.to_ram(&mm, at..end, Cause::Request)?;
+            }
             self.take_from_cpu(&mut service, &mm, region, &pages)?;
             drop(service);
             at = end;
@@ -58,6 +60,27 @@ impl Space {
             }
         }
         Ok(false)
+    }
+
+    /// Gives the pages of a run that the GPU has for itself back to the CPU, as far as that works out.
+    pub(super) fn give_back(&self, service: &mut Service, mm: &MmWithUser, run: Range<usize>) {
+        let Ok(map) = self.gpu.pagemap() else { return };
+        for region in (run.start & !(REGION_BYTES - 1)..run.end).step_by(REGION_BYTES) {
+            let pages = match self.exclusive_pages(region) {
+                Ok(pages) if !pages.is_empty() => pages,
+                _ => continue,
+            };
+            for (index, pfn) in service.pfns.iter_mut().enumerate() {
+                let inside = run.contains(&(region + (index << PAGE_SHIFT)));
+                *pfn = HmmPfn::request(inside && pages.has(index), false);
+            }
+            let lock = MmapLock::read(mm);
+            let all = region..region + REGION_BYTES;
+            // To look for such a page is to give it back.
+            let _ = self
+                .mirror
+                .range_fault(&lock, all, map.owner(), &mut service.pfns);
+        }
     }
 
     /// Unmaps what the GPU has of a range, for itself or not.

@@ -118,6 +118,7 @@ impl Space {
                 let mut all = RunPages::none(run.start);
                 all.insert(run.clone());
                 let count = |_: usize, pages: usize| moved += pages;
+                self.give_back(&mut service, &mm, run.clone());
                 self.to_vram(&mm, run.clone(), Cause::Request, Unmovable::Skip, count)?;
                 self.map_run(&mut service, &mm, &all, true);
             } else {

@@ -7,13 +7,14 @@
 //! address space, and clearing entries allocates nothing.
 //!
 //! No event is ignored, not even those of our own migrations: the first touch of a range by the GPU
-//! has nothing mapped, which costs the device nothing; any other has entries that must go.
+//! has nothing mapped, which costs the device nothing; any other has entries that must go. Only what
+//! the GPU has taken from the CPU stays where the event cannot concern it.
 
 use super::page_table::PageTable;
 use crate::{
     gpu::Gpu,
     kapi::{
-        mmu_interval::{IntervalOps, Invalidation},
+        mmu_interval::{Event, IntervalOps, Invalidation},
         trace,
     },
     queue::Batch,
@@ -51,14 +52,24 @@ impl Mirror {
     }
 
     /// Unmaps all of `range`; tells whether anything was mapped.
-    pub(super) fn unmap(&self, tables: &mut Tables, mut range: Range<usize>) -> Result<bool> {
+    pub(super) fn unmap(&self, tables: &mut Tables, range: Range<usize>) -> Result<bool> {
+        self.unmap_some(tables, range, false)
+    }
+
+    /// Likewise, but pages in RAM that are open to the GPU's atomics stay, if `keep_exclusive`.
+    fn unmap_some(
+        &self,
+        tables: &mut Tables,
+        mut range: Range<usize>,
+        keep_exclusive: bool,
+    ) -> Result<bool> {
         let Some(table) = &mut tables.table else {
             return Ok(false);
         };
         let mut any = false;
         loop {
             tables.batch.clear();
-            let unmapped = table.unmap(range.clone(), &mut tables.batch)?;
+            let unmapped = table.unmap(range.clone(), keep_exclusive, &mut tables.batch)?;
             if unmapped.any {
                 any = true;
                 self.gpu.control(&mut tables.batch)?;
@@ -78,7 +89,9 @@ impl IntervalOps for Mirror {
         let limit = 1usize << GpuVa::BITS;
         let range = invalidation.range();
         let range = range.start.min(limit)..range.end.min(limit);
-        let unmapped = self.unmap(tables, range.clone());
+        // A migration to a device moves no page that was taken from the CPU, and no page of a file.
+        let keep_exclusive = invalidation.event() == Event::Migrate;
+        let unmapped = self.unmap_some(tables, range.clone(), keep_exclusive);
         match unmapped {
             Ok(false) => {}
             Ok(true) => {

@@ -326,9 +326,14 @@ impl PageTable {
         Ok(mapped)
     }
 
-    /// Adds commands that unmap all pages of `range` and invalidate them, as many as there is room
-    /// for. Allocates nothing.
-    pub(crate) fn unmap(&mut self, range: Range<usize>, batch: &mut Batch) -> Result<Unmapped> {
+    /// Adds commands that unmap the pages of `range` and invalidate them, as many as there is room
+    /// for; those that are open to atomics in RAM stay, if `keep_exclusive`. Allocates nothing.
+    pub(crate) fn unmap(
+        &mut self,
+        range: Range<usize>,
+        keep_exclusive: bool,
+        batch: &mut Batch,
+    ) -> Result<Unmapped> {
         let mut cleared: Option<Range<usize>> = None;
         let mut resume = None;
         let first = range.start as u64 >> HUGE_PAGE_SHIFT;
@@ -354,7 +359,7 @@ impl PageTable {
             } else {
                 let pages = (range.start.max(base) - base) >> PAGE_SHIFT
                     ..(range.end.min(end) - base).div_ceil(PAGE_SIZE);
-                clear_small(region, pages, batch)?
+                clear_small(region, pages, keep_exclusive, batch)?
                     .map(|p| base + (p.start << PAGE_SHIFT)..base + (p.end << PAGE_SHIFT))
             };
             if let Some(touched) = touched {
@@ -443,20 +448,24 @@ fn write_small(
 fn clear_small(
     region: &mut Region,
     pages: Range<usize>,
+    keep_exclusive: bool,
     batch: &mut Batch,
 ) -> Result<Option<Range<usize>>> {
     let Some(table) = region.table else {
         return Ok(None);
     };
+    let goes = |region: &Region, index| {
+        region.mapped.has(index) && !(keep_exclusive && region.exclusive.has(index))
+    };
     let mut touched: Option<Range<usize>> = None;
     let mut index = pages.start;
     while index < pages.end {
-        if !region.mapped.has(index) {
+        if !goes(region, index) {
             index += 1;
             continue;
         }
         let first = index;
-        while index < pages.end && region.mapped.has(index) {
+        while index < pages.end && goes(region, index) {
             region.set_unmapped(index);
             index += 1;
         }
