@@ -248,6 +248,14 @@ impl Space {
         land(flight)
     }
 
+    /// Brings the huge page at `address` home for a CPU, in small ones if need be.
+    pub(crate) fn bring_awaited_home(&self, address: usize) {
+        // Where it does not work out, the CPU asks again.
+        if let Ok(mm) = self.mm() {
+            let _ = self.to_ram(&mm, address..address + REGION_BYTES, Cause::CpuFault);
+        }
+    }
+
     /// Brings the pages of a range home.
     pub(super) fn to_ram(
         &self,

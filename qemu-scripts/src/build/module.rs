@@ -62,7 +62,7 @@ pub(super) fn make(
     let mut visible = setup.kernel.folders();
     visible.extend([tree, output]);
     let source = tree.join(folder);
-    let mut make = setup.toolbox.command("make", tree, &visible);
+    let mut make = setup.toolbox.make(tree, &visible);
     make.arg("--silent")
         .arg("-C")
         .arg(&setup.kernel.build)

@@ -183,7 +183,7 @@ fn fill_kernel(folder: &Path, toolbox: &Toolbox, packages: &Packages<'_>) -> Res
     let fragment = folder.join("debug.config");
     paths::write_atomically(&fragment, FRAGMENT.as_bytes())?;
     let make = |arguments: &[String]| {
-        let mut make = toolbox.command("make", &source, &[folder]);
+        let mut make = toolbox.make(&source, &[folder]);
         make.arg(format!("O={}", build.display()))
             .arg("LLVM=1")
             .arg(RUST_LIB_SRC)

@@ -236,7 +236,7 @@ pub(crate) fn fill(folder: &Path, toolbox: &Toolbox, apt: &Apt, log: &Path) -> R
     let config = fs::read_to_string(&debians).map_err(Error::io(debians.display().to_string()))?;
     let compiler = Compiler::of(&config);
     for target in ["olddefconfig", "modules_prepare"] {
-        let mut make = toolbox.command("make", &source, &[folder]);
+        let mut make = toolbox.make(&source, &[folder]);
         make.arg(format!("O={}", build.display()))
             .arg(compiler.make_argument())
             .arg(format!("LOCALVERSION={}", wanted.local_version))

@@ -101,6 +101,17 @@ impl Toolbox {
         }
     }
 
+    /// `make`, as [`Self::command`] runs it.
+    #[must_use]
+    pub fn make(&self, folder: &Path, visible: &[&Path]) -> Command {
+        let mut make = self.command("make", folder, visible);
+        if matches!(self, Self::Debian(_)) {
+            // Its pipe would be a file in /tmp named by its process number, and that is 1 in each of our namespaces.
+            make.arg("--jobserver-style=pipe");
+        }
+        make
+    }
+
     /// Program and first arguments that run QEMU outside of the toolbox.
     #[must_use]
     pub fn qemu(&self) -> Vec<OsString> {
