@@ -16,6 +16,7 @@ use crate::{
         chardev::{FileOps, Kind},
         hmm::HmmPfn,
         mm::PUD_ORDER,
+        signal::fatal_signal_pending,
         trace::Cause,
     },
     svm::{
@@ -76,6 +77,11 @@ const PROT_PUD: u8 = 0x08;
 const PROT_ZERO: u8 = 0x10;
 const PROT_DEV_PRIVATE_LOCAL: u8 = 0x20;
 
+/// Beyond the addresses of all processes.
+const LIMIT: usize = 1 << 47;
+/// The kernel's module looks at 32 pages at once, and from here on they wrap around.
+const LAST_START: usize = usize::MAX - 32 * PAGE_SIZE + 1;
+
 /// An open file.
 pub(crate) struct OpenMirror {
     gpu: Arc<Gpu>,
@@ -122,7 +128,7 @@ impl FileOps for OpenMirror {
             MIGRATE_TO_SYS => this.migrate_to_system(&mut command, range),
             SNAPSHOT => this.snapshot(&mut command, range),
             EXCLUSIVE => this.exclusive(&mut command, range),
-            CHECK_EXCLUSIVE if this.space.has_exclusive(range)? => Err(EPERM),
+            CHECK_EXCLUSIVE if this.space.has_exclusive(clamp(&range))? => Err(EPERM),
             CHECK_EXCLUSIVE => Ok(()),
             RELEASE => {
                 this.gpu.bring_all_home(None, Cause::Request);
@@ -164,6 +170,7 @@ impl FileOps for OpenMirror {
 impl OpenMirror {
     fn read(&self, command: &mut Command, range: Range<usize>) -> Result {
         let mut data = VVec::with_capacity(range.len(), GFP_KERNEL | __GFP_NOWARN)?;
+        check_limit(&range)?;
         let mut window = Window::new(&self.space, range.len())?;
         for part in parts(range.clone()) {
             command.faults += window.load(part.clone(), OnFault::MapRest)?;
@@ -181,6 +188,7 @@ impl OpenMirror {
         data.reserve(range.len(), GFP_KERNEL | __GFP_NOWARN)?;
         let user = UserPtr::from_addr(command.pointer as usize);
         UserSlice::new(user, range.len()).read_all(&mut data, GFP_KERNEL)?;
+        check_limit(&range)?;
         // What the GPU has for itself is not open to plain stores here.
         if self.space.has_exclusive(range.clone())? {
             self.space.unmap(range.clone())?;
@@ -199,8 +207,9 @@ impl OpenMirror {
 
     fn migrate_to_device(&self, command: &mut Command, range: Range<usize>) -> Result {
         self.space
-            .migrate_parts_to_vram(range.clone())
+            .migrate_parts_to_vram(clamp(&range))
             .map_err(without_mm)?;
+        check_limit(&range).map_err(|_| EINVAL)?;
         self.report(command, range)
     }
 
@@ -212,8 +221,9 @@ impl OpenMirror {
 
     fn exclusive(&self, command: &mut Command, range: Range<usize>) -> Result {
         self.space
-            .make_exclusive(range.clone())
+            .make_exclusive(clamp(&range))
             .map_err(without_mm)?;
+        check_limit(&range).map_err(|_| EFAULT)?;
         self.report(command, range)
     }
 
@@ -252,17 +262,28 @@ impl OpenMirror {
     fn snapshot(&self, command: &mut Command, range: Range<usize>) -> Result {
         let mut writer = writer(command.pointer, range.len() >> PAGE_SHIFT);
         let mut protections = KVec::new();
+        if range.start > LAST_START {
+            return Err(EOVERFLOW);
+        }
         let mut at = range.start;
         while at < range.end {
-            let end = range.end.min((at & !(REGION_BYTES - 1)) + REGION_BYTES);
+            let region = at & !(REGION_BYTES - 1);
+            let end = range.end.min(region.saturating_add(REGION_BYTES));
             protections.clear();
             protections.reserve((end - at) >> PAGE_SHIFT, GFP_KERNEL)?;
-            self.space
-                .snapshot(at..end, |pfn, in_vram| {
-                    // There is room.
-                    let _ = protections.push_within_capacity(protection(pfn, in_vram));
-                })
-                .map_err(without_mm)?;
+            if at >= LIMIT {
+                protections.resize((end - at) >> PAGE_SHIFT, PROT_ERROR, GFP_KERNEL)?;
+            } else {
+                self.space
+                    .snapshot(at..end, |pfn, in_vram| {
+                        // There is room.
+                        let _ = protections.push_within_capacity(protection(pfn, in_vram));
+                    })
+                    .map_err(without_mm)?;
+            }
+            if fatal_signal_pending() {
+                return Err(EINTR);
+            }
             writer.write_slice(&protections)?;
             command.copied += protections.len() as u64;
             at = end;
@@ -294,6 +315,23 @@ fn protection(pfn: HmmPfn, in_vram: bool) -> u8 {
         _ => 0,
     };
     place | access | size
+}
+
+/// The part of a range where processes can have memory.
+fn clamp(range: &Range<usize>) -> Range<usize> {
+    range.start.min(LIMIT)..range.end.min(LIMIT)
+}
+
+/// Refuses a range where no process can have memory, as the kernel's module does.
+fn check_limit(range: &Range<usize>) -> Result {
+    if range.end <= LIMIT {
+        return Ok(());
+    }
+    Err(if range.start > LAST_START {
+        EINVAL
+    } else {
+        EFAULT
+    })
 }
 
 /// A range in what one job copies.
