@@ -6,7 +6,7 @@
 //! real KVM well under a second. The answer is kept until host or kernel change.
 
 use std::{
-    fs,
+    fmt, fs,
     path::Path,
     process::Stdio,
     time::{Duration, Instant},
@@ -34,6 +34,15 @@ pub enum Accel {
     Kvm,
     /// QEMU's translator.
     Tcg,
+}
+
+impl fmt::Display for Accel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        })
+    }
 }
 
 impl Accel {

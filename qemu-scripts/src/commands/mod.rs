@@ -12,6 +12,7 @@ use std::process::ExitCode;
 
 use xtask::{
     Options, Prepared,
+    build::Extra,
     vm::{Config, Output, Vm},
 };
 
@@ -30,7 +31,7 @@ pub(crate) struct VmArguments {
 }
 
 impl VmArguments {
-    /// Prepares all, then prints the command lines or boots a VM and hands it over.
+    /// Prepares all, then prints the command lines or boots a VM with the driver and hands it over.
     fn run(
         &self,
         options: &Options,
@@ -40,12 +41,24 @@ impl VmArguments {
     ) -> anyhow::Result<ExitCode> {
         let config = Config {
             name: name.to_owned(),
-            gpus: self.gpus.into(),
-            vram: self.vram.clone().unwrap_or_else(|| vram.to_owned()),
-            repeat: Some(format!("cargo xtask {name}")),
+            vram: vram.to_owned(),
             ..Config::default()
         };
-        let prepared = Prepared::new(options)?;
+        self.run_config(options, config, Extra::None, |vm, _| act(vm))
+    }
+
+    /// The same with a VM of the command's own, as far as these arguments leave it.
+    fn run_config(
+        &self,
+        options: &Options,
+        mut config: Config,
+        extra: Extra,
+        act: impl FnOnce(&mut Vm, &Prepared) -> anyhow::Result<ExitCode>,
+    ) -> anyhow::Result<ExitCode> {
+        config.gpus = self.gpus.into();
+        config.vram = self.vram.clone().unwrap_or(config.vram);
+        config.repeat = Some(format!("cargo xtask {}", config.name));
+        let prepared = Prepared::with(options, extra)?;
         if self.print {
             for line in Vm::command_lines(&prepared, &config) {
                 println!("{line}");
@@ -53,7 +66,7 @@ impl VmArguments {
             return Ok(ExitCode::SUCCESS);
         }
         let mut vm = Vm::boot(&prepared, &config)?;
-        let code = act(&mut vm)?;
+        let code = act(&mut vm, &prepared)?;
         vm.shutdown()?;
         Ok(code)
     }

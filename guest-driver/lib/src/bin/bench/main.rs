@@ -1,28 +1,22 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `farfault-bench`: what a fault, a migration and the way to the GPU cost, measured in the guest.
+//! `farfault-bench`: what faults, commands and migrations cost, measured in the guest, once.
 //!
-//! Everything is measured in several rounds in turn, so that a machine that changes its speed meanwhile
-//! changes it for all; the figures are medians over all rounds. Compare figures of one run only. It
-//! prints a table, and with `--json` writes the same for programs: a list of objects with `name`,
-//! `unit`, `value` (the median), `min`, `max` and `samples`.
+//! It prints samples as they were taken, as JSON: an object with a list of nanoseconds for each name.
+//! It knows nothing of rounds, medians, references or aims; `cargo xtask bench` runs it in turns with
+//! other things, and makes the table of all of them.
 
 mod measure;
 mod options;
-mod samples;
 
-use options::{Command, JsonTo, Options};
-use samples::Samples;
-use std::{
-    io::{self, Write},
-    process::ExitCode,
-};
+use options::{Command, What};
+use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 
 /// Why it failed, for the last line.
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
-    let options = match Options::parse(lexopt::Parser::from_env()) {
-        Ok(Command::Run(options)) => options,
+    let (device, what) = match options::parse(lexopt::Parser::from_env()) {
+        Ok(Command::Run { device, what }) => (device, what),
         Ok(Command::Help) => {
             print!("{}", options::HELP);
             return ExitCode::SUCCESS;
@@ -32,8 +26,19 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match run(&options) {
-        Ok(()) => ExitCode::SUCCESS,
+    let gpu = match device {
+        Some(path) => farfault::Gpu::open(path),
+        None => farfault::Gpu::open_first(),
+    };
+    let samples = gpu.map_err(Failure::from).and_then(|gpu| match what {
+        What::Faults => measure::faults(&gpu),
+        What::Migrations { mebibytes, data } => measure::migrations(&gpu, &mebibytes, data),
+    });
+    match samples {
+        Ok(samples) => {
+            println!("{}", serde_json::json!(samples.0));
+            ExitCode::SUCCESS
+        }
         Err(why) => {
             eprintln!("farfault-bench: {why}");
             ExitCode::FAILURE
@@ -41,30 +46,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: &Options) -> Result<(), Failure> {
-    let gpu = match &options.device {
-        Some(path) => farfault::Gpu::open(path)?,
-        None => farfault::Gpu::open_first()?,
-    };
-    let mut samples = Samples::default();
-    for round in 1..=options.rounds {
-        eprintln!("round {round} of {}", options.rounds);
-        measure::round(&gpu, &mut samples)?;
+/// All samples of a name, in nanoseconds.
+#[derive(Debug, Default)]
+struct Samples(BTreeMap<String, Vec<u64>>);
+
+impl Samples {
+    fn take(&mut self, name: &str, time: Duration) {
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.0.entry(name.to_owned()).or_default().push(nanoseconds);
     }
-    samples.expect(&[samples::PING, samples::FAULT_MAP])?;
-    let table = samples.table();
-    match &options.json {
-        None => print!("{table}"),
-        Some(JsonTo::Stdout) => {
-            eprint!("{table}");
-            println!("{}", samples.json());
-        }
-        Some(JsonTo::File(path)) => {
-            std::fs::write(path, format!("{}\n", samples.json()))
-                .map_err(|error| format!("could not write {}: {error}", path.display()))?;
-            print!("{table}");
-        }
-    }
-    io::stdout().flush()?;
-    Ok(())
 }

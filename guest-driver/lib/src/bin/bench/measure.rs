@@ -1,52 +1,65 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! One round of everything. Each measurement makes its memory anew, so that the GPU has nothing of it,
-//! and checks by the driver's counts that what it timed is what happened.
+//! What is measured. Each measurement makes its memory anew, so that the GPU has nothing of it, and
+//! checks by the driver's counts that what it timed is what happened.
 
-use crate::{
-    Failure,
-    samples::{FAULT_MAP, PING, Samples},
-};
+use crate::{Failure, Samples, options::Data};
 use farfault::{Advice, Buffer, Gpu, HUGE_PAGE_SIZE, Launch, PAGE_SIZE, Pages, Place, Stats};
 use std::{
     hint::black_box,
     time::{Duration, Instant},
 };
 
-const PINGS: usize = 200;
-const SINGLE_FAULTS: usize = 32;
-const HUGE_FAULTS: usize = 4;
-const BURST: usize = 512;
+/// Half of them before the faults and half after, so that both see the same machine.
+const COMMANDS: usize = 200;
+const SINGLE_FAULTS: usize = 64;
+const HUGE_FAULTS: usize = 8;
+const BURSTS: usize = 8;
+/// Pages of a burst, and waves.
+const BURST: u32 = 512;
 const CPU_FAULTS: usize = 64;
-const MEMCPY: usize = 64 << 20;
+/// Migrations of one size, one way, beside one to warm up.
+const MIGRATIONS: usize = 2;
 
 const WORDS_PER_PAGE: usize = PAGE_SIZE / size_of::<u64>();
+const WORDS_PER_HUGE_PAGE: usize = HUGE_PAGE_SIZE / size_of::<u64>();
 
-/// What is migrated, in bytes.
-const MIGRATED: [usize; 5] = [512 << 10, 2 << 20, 8 << 20, 16 << 20, 64 << 20];
-
-pub(crate) fn round(gpu: &Gpu, samples: &mut Samples) -> Result<(), Failure> {
-    ping(gpu, samples)?;
-    single_faults(gpu, samples, Advice::MapOnly, FAULT_MAP)?;
-    single_faults(gpu, samples, Advice::Default, "gpu_fault_migrate_4k")?;
-    huge_faults(gpu, samples)?;
-    burst(gpu, samples)?;
-    cpu_faults(gpu, samples)?;
-    cpu_huge_faults(gpu, samples)?;
-    for bytes in MIGRATED {
-        migrate(gpu, samples, bytes, false)?;
-        if bytes >= HUGE_PAGE_SIZE {
-            migrate(gpu, samples, bytes, true)?;
-        }
+/// An empty command on the control queue and back, faults of the GPU, and faults of the CPU.
+pub(crate) fn faults(gpu: &Gpu) -> Result<Samples, Failure> {
+    let mut samples = Samples::default();
+    empty_commands(gpu, &mut samples)?;
+    single_faults(gpu, &mut samples, Advice::MapOnly, "gpu_fault_map")?;
+    for _ in 0..BURSTS {
+        burst(gpu, &mut samples)?;
     }
-    memcpy(samples);
-    Ok(())
+    single_faults(gpu, &mut samples, Advice::Default, "gpu_fault_migrate_4k")?;
+    huge_faults(gpu, &mut samples)?;
+    cpu_faults(gpu, &mut samples)?;
+    cpu_huge_faults(gpu, &mut samples)?;
+    empty_commands(gpu, &mut samples)?;
+    Ok(samples)
 }
 
-/// An empty command on the control queue and back.
-fn ping(gpu: &Gpu, samples: &mut Samples) -> Result<(), Failure> {
-    for _ in 0..PINGS {
+/// Memory that the CPU wrote, to VRAM and back, on request.
+pub(crate) fn migrations(gpu: &Gpu, sizes: &[usize], data: Data) -> Result<Samples, Failure> {
+    let mut samples = Samples::default();
+    for size in sizes {
+        let mut small = small_pages(size << 20)?;
+        small.fill(1);
+        migrate(gpu, &mut samples, &small, &format!("{size}mb_4k"), data)?;
+        drop(small);
+        let huge = huge_pages(size << 20)?;
+        if !is_huge(gpu, &huge)? {
+            return Err(format!("the kernel has no huge pages for {size} MiB").into());
+        }
+        migrate(gpu, &mut samples, &huge, &format!("{size}mb_thp"), data)?;
+    }
+    Ok(samples)
+}
+
+fn empty_commands(gpu: &Gpu, samples: &mut Samples) -> Result<(), Failure> {
+    for _ in 0..COMMANDS / 2 {
         let (time, ()) = timed(|| gpu.ping())?;
-        samples.time(PING, time);
+        samples.take("empty_command", time);
     }
     Ok(())
 }
@@ -61,11 +74,12 @@ fn single_faults(
 ) -> Result<(), Failure> {
     // Far apart, so that no fault resolves another's page.
     let mut buffer = small_pages(SINGLE_FAULTS * HUGE_PAGE_SIZE)?;
-    let stride = HUGE_PAGE_SIZE / size_of::<u64>();
-    buffer.iter_mut().step_by(stride).for_each(|word| *word = 1);
+    for word in buffer.iter_mut().step_by(WORDS_PER_HUGE_PAGE) {
+        *word = 1;
+    }
     gpu.advise(buffer.pages(), advice)?;
-    for word in buffer.chunks(stride) {
-        fault_on(gpu, samples, name, &word[..1])?;
+    for page in buffer.chunks(WORDS_PER_HUGE_PAGE) {
+        fault_on(gpu, samples, name, &page[..1])?;
     }
     gpu.advise(buffer.pages(), Advice::Default)?;
     Ok(())
@@ -74,7 +88,7 @@ fn single_faults(
 /// The same with a huge page that moves to VRAM as a whole.
 fn huge_faults(gpu: &Gpu, samples: &mut Samples) -> Result<(), Failure> {
     let buffer = huge_pages(HUGE_FAULTS * HUGE_PAGE_SIZE)?;
-    for page in buffer.chunks(HUGE_PAGE_SIZE / size_of::<u64>()) {
+    for page in buffer.chunks(WORDS_PER_HUGE_PAGE) {
         if is_huge(gpu, page)? {
             fault_on(gpu, samples, "gpu_fault_migrate_2m", &page[..1])?;
         }
@@ -91,30 +105,32 @@ fn fault_on(gpu: &Gpu, samples: &mut Samples, name: &str, word: &[u64]) -> Resul
     let (without, _) = timed(job)?;
     let both = faults_since(gpu, &before)?;
     if (first, both) == (1, 1) {
-        samples.time(&format!("{name}_job"), with_fault);
-        samples.time("job_without_fault", without);
-        samples.time(name, with_fault.saturating_sub(without));
+        samples.take("job", without);
+        samples.take(name, with_fault.saturating_sub(without));
     }
     Ok(())
 }
 
-/// Many faults at once, on pages side by side.
+/// A job of many waves, each on a page of its own that the GPU has not got, and the same job when it
+/// has.
 fn burst(gpu: &Gpu, samples: &mut Samples) -> Result<(), Failure> {
-    let mut buffer = small_pages(BURST * PAGE_SIZE)?;
+    let mut buffer = small_pages(BURST as usize * PAGE_SIZE)?;
     buffer.fill(1);
     gpu.advise(buffer.pages(), Advice::MapOnly)?;
-    // No more waves than pages: BURST fits.
-    let waves = gpu.info().max_waves.min(BURST as u32);
+    let job = || gpu.run(Launch::sum(&buffer).waves(BURST));
     let before = gpu.stats()?;
-    let (time, sum) = timed(|| gpu.run(Launch::sum(&buffer).waves(waves)))?;
-    let faults = faults_since(gpu, &before)?;
+    let (with_faults, sum) = timed(job)?;
+    let first = faults_since(gpu, &before)?;
+    let (without, _) = timed(job)?;
+    let both = faults_since(gpu, &before)?;
     gpu.advise(buffer.pages(), Advice::Default)?;
-    if sum != buffer.len() as u64 || faults == 0 {
-        return Err(format!("burst: {faults} faults and a sum of {sum:#x}").into());
+    if sum != buffer.len() as u64 {
+        return Err(format!("burst: the sum is {sum:#x}").into());
     }
-    samples.time("gpu_burst_512_pages", time);
-    let per_page = time.as_secs_f64() / BURST as f64;
-    samples.time("gpu_burst_per_page", Duration::from_secs_f64(per_page));
+    if first > 0 && both == first {
+        let faults = with_faults.saturating_sub(without);
+        samples.take("gpu_fault_burst_512_per_page", faults / BURST);
+    }
     Ok(())
 }
 
@@ -130,9 +146,8 @@ fn cpu_faults(gpu: &Gpu, samples: &mut Samples) -> Result<(), Failure> {
 fn cpu_huge_faults(gpu: &Gpu, samples: &mut Samples) -> Result<(), Failure> {
     let buffer = huge_pages(HUGE_FAULTS * HUGE_PAGE_SIZE)?;
     gpu.migrate(buffer.pages(), Place::Vram)?;
-    let pages = buffer.chunks(HUGE_PAGE_SIZE / size_of::<u64>());
     let mut huge = Vec::new();
-    for page in pages {
+    for page in buffer.chunks(WORDS_PER_HUGE_PAGE) {
         if is_huge(gpu, page)? {
             huge.push(page);
         }
@@ -156,49 +171,41 @@ fn touch_each<'a>(
         black_box(black_box(page)[0]);
         let time = start.elapsed();
         if there {
-            samples.time(name, time);
+            samples.take(name, time);
         }
     }
     Ok(())
 }
 
-/// Memory that the CPU wrote, to VRAM and back, on request.
-fn migrate(gpu: &Gpu, samples: &mut Samples, bytes: usize, huge: bool) -> Result<(), Failure> {
-    if bytes as u64 > gpu.info().vram_size {
+/// There and back again. The first time warms up: the host has not given VRAM its memory yet.
+fn migrate(
+    gpu: &Gpu,
+    samples: &mut Samples,
+    buffer: &Buffer,
+    size: &str,
+    data: Data,
+) -> Result<(), Failure> {
+    let pages = buffer.pages();
+    for turn in 0..=MIGRATIONS {
+        for (way, place) in [("to_vram", Place::Vram), ("to_ram", Place::Ram)] {
+            let (time, moved) = timed(|| gpu.migrate(pages, place))?;
+            // A page or two may be busy just now; more, and the figure is another's.
+            if moved.stayed > pages.count() as u64 / 256 {
+                let problem = format!("{way} of {size}: {} pages stayed", moved.stayed);
+                return Err(problem.into());
+            }
+            if turn > 0 {
+                samples.take(&format!("migrate_{way}_{size}"), time);
+            }
+        }
+    }
+    if data == Data::Lost {
         return Ok(());
     }
-    let mut buffer = if huge {
-        huge_pages(bytes)?
-    } else {
-        small_pages(bytes)?
-    };
-    buffer.fill(1);
-    let size = match bytes {
-        ..HUGE_PAGE_SIZE => format!("{}k", bytes >> 10),
-        _ => format!("{}m", bytes >> 20),
-    };
-    let pages = if huge { "thp" } else { "4k_pages" };
-    for (name, place) in [
-        ("migrate_to_vram", Place::Vram),
-        ("migrate_to_ram", Place::Ram),
-    ] {
-        let (time, moved) = timed(|| gpu.migrate(buffer.pages(), place))?;
-        let moved = moved.moved * PAGE_SIZE as u64;
-        samples.rate(&format!("{name}_{size}_{pages}"), moved, time);
+    match buffer.iter().find(|word| **word != 1) {
+        Some(word) => Err(format!("migration of {size} changed the data: {word:#x}").into()),
+        None => Ok(()),
     }
-    if let Some(word) = buffer.iter().find(|word| **word != 1) {
-        return Err(format!("migration changed the data: {word:#x}").into());
-    }
-    Ok(())
-}
-
-/// What the guest's CPU does alone.
-fn memcpy(samples: &mut Samples) {
-    let source = vec![1u64; MEMCPY / size_of::<u64>()];
-    let mut destination = vec![2u64; source.len()];
-    let start = Instant::now();
-    black_box(&mut destination).copy_from_slice(black_box(&source));
-    samples.rate("cpu_memcpy_64m", MEMCPY as u64, start.elapsed());
 }
 
 fn small_pages(bytes: usize) -> Result<Buffer, Failure> {
@@ -215,7 +222,7 @@ fn huge_pages(bytes: usize) -> Result<Buffer, Failure> {
     Ok(buffer)
 }
 
-/// The CPU has all of these pages in one huge one: the kernel had one to give.
+/// The CPU has all of these pages in huge ones: the kernel had them to give.
 fn is_huge(gpu: &Gpu, memory: &[u64]) -> Result<bool, Failure> {
     Ok(gpu
         .query(Pages::covering(memory))?

@@ -2,79 +2,73 @@
 //! The command line.
 
 use lexopt::{
-    Arg::{Long, Short},
+    Arg::{Long, Short, Value},
     ValueExt as _,
 };
-use std::{ffi::OsString, path::PathBuf};
+use std::path::PathBuf;
 
 pub(crate) const HELP: &str = "\
-Usage: farfault-bench [options]
+Usage: farfault-bench [options] faults
+       farfault-bench [options] migrations MEBIBYTES...
+
+Prints samples as JSON, in nanoseconds. `cargo xtask bench` makes a table of them.
 
   --device PATH   the GPU (default: the first one, /dev/farfault0)
-  --rounds N      how often everything is measured in turn (default: 5)
-  --json PATH     write the figures there, too; `-`: JSON to standard output, and
-                  the table to standard error
+  --copies-off    migrations: the device's copies are switched off, so there is no
+                  data to check afterwards
 ";
 
-const DEFAULT_ROUNDS: u32 = 5;
+/// More than any VRAM.
+const MOST_MEBIBYTES: usize = 1 << 20;
 
 /// What was asked for.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Command {
-    Run(Options),
+    Run { device: Option<PathBuf>, what: What },
     Help,
 }
 
-/// Where the figures for programs go.
+/// What is measured.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum JsonTo {
-    Stdout,
-    File(PathBuf),
+pub(crate) enum What {
+    /// Commands and faults.
+    Faults,
+    /// Migrations of these sizes, after which the data is what it was before, or is of no matter.
+    Migrations { mebibytes: Vec<usize>, data: Data },
 }
 
-impl From<OsString> for JsonTo {
-    fn from(path: OsString) -> Self {
-        if path == "-" {
-            Self::Stdout
-        } else {
-            Self::File(path.into())
+/// What becomes of data that migrates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Data {
+    /// It must stay the same.
+    Kept,
+    /// The device does not copy.
+    Lost,
+}
+
+pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
+    let (mut device, mut what, mut data) = (None, None, Data::Kept);
+    let mut mebibytes = Vec::new();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("device") => device = Some(parser.value()?.into()),
+            Long("copies-off") => data = Data::Lost,
+            Short('h') | Long("help") => return Ok(Command::Help),
+            Value(word) if what.is_none() => what = Some(word.string()?),
+            Value(size) => mebibytes.push(size.parse_with(|text| {
+                let size = text.parse().ok();
+                size.filter(|size| (1..=MOST_MEBIBYTES).contains(size))
+                    .ok_or("a number of mebibytes, from 1 on")
+            })?),
+            _ => return Err(argument.unexpected()),
         }
     }
-}
-
-#[derive(Debug)]
-pub(crate) struct Options {
-    pub(crate) device: Option<PathBuf>,
-    pub(crate) rounds: u32,
-    pub(crate) json: Option<JsonTo>,
-}
-
-impl Options {
-    pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
-        let mut options = Self {
-            device: None,
-            rounds: DEFAULT_ROUNDS,
-            json: None,
-        };
-        while let Some(argument) = parser.next()? {
-            match argument {
-                Long("device") => options.device = Some(parser.value()?.into()),
-                Long("json") => options.json = Some(parser.value()?.into()),
-                Long("rounds") => {
-                    options.rounds = parser.value()?.parse_with(|text| {
-                        let rounds = text
-                            .parse()
-                            .ok()
-                            .filter(|rounds| (1..=1000).contains(rounds));
-                        rounds.ok_or("a number from 1 to 1000")
-                    })?;
-                }
-                Short('h') | Long("help") => return Ok(Command::Help),
-                _ => return Err(argument.unexpected()),
-            }
-        }
-        Ok(Command::Run(options))
-    }
+    let what = match (what.as_deref(), mebibytes.is_empty()) {
+        (Some("faults"), true) => What::Faults,
+        (Some("migrations"), false) => What::Migrations { mebibytes, data },
+        _ => return Err("say `faults`, or `migrations` and sizes".into()),
+    };
+    Ok(Command::Run { device, what })
 }
 
 #[cfg(test)]
@@ -82,27 +76,45 @@ mod tests {
     use super::*;
 
     fn parse(arguments: &[&str]) -> Result<Command, lexopt::Error> {
-        Options::parse(lexopt::Parser::from_args(arguments))
+        super::parse(lexopt::Parser::from_args(arguments))
     }
 
     #[test]
     fn options_given_are_taken() {
-        let Ok(Command::Run(options)) = parse(&["--rounds=2", "--json", "out.json"]) else {
-            panic!("they are right");
+        let faults = Command::Run {
+            device: Some("/dev/farfault1".into()),
+            what: What::Faults,
         };
-        assert_eq!(options.rounds, 2);
-        assert_eq!(options.json, Some(JsonTo::File("out.json".into())));
-        let Ok(Command::Run(options)) = parse(&["--json", "-"]) else {
-            panic!("they are right");
+        assert_eq!(
+            parse(&["--device", "/dev/farfault1", "faults"]).unwrap(),
+            faults
+        );
+        let migrations = Command::Run {
+            device: None,
+            what: What::Migrations {
+                mebibytes: vec![16, 256],
+                data: Data::Lost,
+            },
         };
-        assert_eq!(options.json, Some(JsonTo::Stdout));
+        assert_eq!(
+            parse(&["migrations", "16", "256", "--copies-off"]).unwrap(),
+            migrations
+        );
+        assert_eq!(parse(&["-h"]).unwrap(), Command::Help);
     }
 
     #[test]
     fn options_that_are_wrong_are_refused() {
-        assert!(parse(&["--rounds", "0"]).is_err());
-        assert!(parse(&["--rounds", "many"]).is_err());
-        assert!(parse(&["--fast"]).is_err());
-        assert!(matches!(parse(&["-h"]), Ok(Command::Help)));
+        for wrong in [
+            &[][..],
+            &["everything"],
+            &["faults", "16"],
+            &["migrations"],
+            &["migrations", "0"],
+            &["migrations", "many"],
+            &["faults", "--fast"],
+        ] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
     }
 }
