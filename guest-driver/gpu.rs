@@ -456,7 +456,7 @@ impl Gpu {
 
     /// Waits until all that was sent of it is where it belongs.
     pub(crate) fn finish_copy(&self, list: &mut CopyList) -> Result {
-        self.exchanged("a copy failed", list.finish())
+        self.exchanged("a copy failed", list.finish(&self.submit))
     }
 
     /// Starts a job.

@@ -8,6 +8,7 @@
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
 #include <linux/pagemap.h>
+#include <linux/sched/clock.h>
 #include <linux/sched/signal.h>
 #include <linux/spinlock.h>
 #include <linux/virtio.h>
@@ -184,4 +185,14 @@ void farfault_c_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags)
 bool farfault_c_fatal_signal_pending(void)
 {
 	return fatal_signal_pending(current);
+}
+
+bool farfault_c_need_resched(void)
+{
+	return need_resched();
+}
+
+u64 farfault_c_local_clock(void)
+{
+	return local_clock();
 }

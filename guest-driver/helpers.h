@@ -56,6 +56,8 @@ bool farfault_c_mmu_interval_read_retry(struct mmu_interval_notifier *mni, unsig
 
 void farfault_c_reinit_completion(struct completion *x);
 bool farfault_c_fatal_signal_pending(void);
+bool farfault_c_need_resched(void);
+u64 farfault_c_local_clock(void);
 
 unsigned long farfault_c_spin_lock_irqsave(spinlock_t *lock);
 bool farfault_c_spin_trylock_irqsave(spinlock_t *lock, unsigned long *flags);

@@ -18,6 +18,7 @@
 //! | [`mmu_interval`] | `mmu_interval_notifier` with its update lock |
 //! | [`module`] | the module's use count |
 //! | [`pagemap`] | `dev_pagemap` of type `MEMORY_DEVICE_PRIVATE` |
+//! | [`poll`] | spinning for a short while |
 //! | [`signal`] | `fatal_signal_pending()` |
 //! | [`spinlock_irq`] | `spin_lock_irqsave()` |
 //! | [`trace`] | the driver's trace events |
@@ -37,6 +38,7 @@ pub(crate) mod mm;
 pub(crate) mod mmu_interval;
 pub(crate) mod module;
 pub(crate) mod pagemap;
+pub(crate) mod poll;
 pub(crate) mod signal;
 pub(crate) mod spinlock_irq;
 pub(crate) mod trace;

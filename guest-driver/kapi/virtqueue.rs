@@ -379,6 +379,23 @@ impl<T> Virtqueue<T> {
             .unwrap_or(false)
     }
 
+    /// Asks the device not to interrupt for this queue: a hint.
+    pub(crate) fn disable_callbacks(&mut self) {
+        // Without a ring there are none.
+        let _ = self
+            .slot
+            // SAFETY: The ring is there; `&mut self` serialises.
+            .with_ring(|ring| unsafe { bindings::virtqueue_disable_cb(ring) });
+    }
+
+    /// Asks it to interrupt again. `false`: there is something to take already, for which it will not.
+    pub(crate) fn enable_callbacks(&mut self) -> bool {
+        self.slot
+            // SAFETY: The ring is there; `&mut self` serialises.
+            .with_ring(|ring| unsafe { bindings::virtqueue_enable_cb(ring) })
+            .unwrap_or(true)
+    }
+
     /// What tells the device, outside of the lock that serialises the queue.
     pub(crate) fn notifier(&self) -> Notifier {
         Notifier(self.slot.clone())

@@ -93,12 +93,12 @@ impl CopyList {
 
     /// Waits until the bytes of all that was sent are where they belong. `ETIMEDOUT`: no answer in
     /// [`super::TIME_LIMIT`]; the device may move them yet. `EIO`: it refused.
-    pub(crate) fn finish(&mut self) -> Result {
+    pub(crate) fn finish(&mut self, channel: &Channel) -> Result {
         let sent = core::mem::take(&mut self.sent);
         let mut result = Ok(());
         for request in self.requests.iter_mut().take(sent) {
             // All of them, whatever becomes of one.
-            let finished = Channel::finish(request).and_then(|()| status(request));
+            let finished = channel.finish(request).and_then(|()| status(request));
             result = result.and(finished);
         }
         result

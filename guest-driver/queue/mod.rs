@@ -2,8 +2,9 @@
 //! Requests to the device and their answers (hardware manual, chapter 3).
 //!
 //! A [`Channel`] is the control or the submit queue: one request is sent, and its answer waited for,
-//! with a time limit; a copy list's sender may do other things in between. Answers are taken from the ring in the interrupt itself, so
-//! that the one who waits is the only one to wake.
+//! with a time limit; a copy list's sender may do other things in between. Who waits looks for the
+//! answer by himself for a while, and most come then: interrupts are off until somebody sleeps. They
+//! take answers from the ring themselves, so that nobody else need wake.
 //!
 //! What a request that ran out of time held stays with the device until it is reset: its memory is
 //! the queue's, and the caller gets `ETIMEDOUT` and nothing else.
@@ -18,6 +19,7 @@ pub(crate) use self::{batch::Batch, copy::CopyList};
 
 use crate::kapi::{
     completion::Completion,
+    poll::poll,
     spinlock_irq::{new_spinlock_irq, SpinLockIrq},
     virtqueue::{Transfer, Virtqueue},
 };
@@ -35,6 +37,9 @@ use zerocopy::{FromBytes, IntoBytes};
 /// How long one request may take before the device counts as lost. An invalidation waits for
 /// accesses in flight, each of which is short; a copy moves at most 2 MiB.
 pub(crate) const TIME_LIMIT: Delta = Delta::from_secs(20);
+
+/// How long an answer is looked for before its sender sleeps: about what that takes.
+const POLL: Delta = Delta::from_micros(100);
 
 /// How often a full ring is looked at again, and the pause between: [`TIME_LIMIT`] in all.
 const ROOM_LOOKS: usize = 20_000;
@@ -115,11 +120,27 @@ impl Request {
     }
 }
 
+/// The ring, and how many sleep until it is looked at: only then is the device to interrupt.
+struct Ring {
+    queue: Virtqueue<Arc<Call>>,
+    sleepers: u32,
+}
+
+impl Ring {
+    /// Hands answers to those who wait for them.
+    fn drain(&mut self) {
+        while let Some(message) = self.queue.take() {
+            let call = message.data.clone();
+            call.answer(message);
+        }
+    }
+}
+
 /// A request queue of the device.
 #[pin_data]
 pub(crate) struct Channel {
     #[pin]
-    ring: SpinLockIrq<Option<Virtqueue<Arc<Call>>>>,
+    ring: SpinLockIrq<Option<Ring>>,
 }
 
 impl Channel {
@@ -128,10 +149,6 @@ impl Channel {
         try_pin_init!(Self {
             ring <- new_spinlock_irq!(None),
         })
-    }
-
-    fn install(&self, ring: Virtqueue<Arc<Call>>) {
-        *self.ring.lock() = Some(ring);
     }
 
     /// Takes the ring over from the bus, at probe.
@@ -143,20 +160,19 @@ impl Channel {
     where
         H: crate::kapi::virtqueue::QueueHandler,
     {
-        self.install(queues.queue(index.into())?);
+        let queue = queues.queue(index.into())?;
+        *self.ring.lock() = Some(Ring { queue, sleepers: 0 });
         Ok(())
     }
 
-    /// Hands answers to those who wait for them. Called in hard interrupt context.
+    /// Called in hard interrupt context.
     pub(crate) fn interrupt(&self) {
-        loop {
-            let message = match &mut *self.ring.lock() {
-                Some(ring) => ring.take(),
-                None => None,
-            };
-            let Some(message) = message else { return };
-            let call = message.data.clone();
-            call.answer(message);
+        self.drain();
+    }
+
+    fn drain(&self) {
+        if let Some(ring) = &mut *self.ring.lock() {
+            ring.drain();
         }
     }
 
@@ -164,7 +180,7 @@ impl Channel {
     pub(crate) fn close(&self) {
         loop {
             let message = match &mut *self.ring.lock() {
-                Some(ring) => ring.detach_unused(),
+                Some(ring) => ring.queue.detach_unused(),
                 None => None,
             };
             let Some(message) = message else { break };
@@ -180,11 +196,14 @@ impl Channel {
     fn send(&self, mut message: Message) -> Result<(), (Error, Message)> {
         for _ in 0..ROOM_LOOKS {
             let mut ring = self.ring.lock();
-            let Some(queue) = &mut *ring else {
+            let Some(Ring { queue, sleepers }) = &mut *ring else {
                 return Err((ENODEV, message));
             };
             match queue.add(message) {
                 Ok(()) => {
+                    if *sleepers == 0 {
+                        queue.disable_callbacks();
+                    }
                     let notifier = queue.kick_prepare().then(|| queue.notifier());
                     drop(ring);
                     if let Some(notifier) = notifier {
@@ -198,6 +217,7 @@ impl Channel {
             }
             drop(ring);
             fsleep(ROOM_PAUSE);
+            self.drain();
         }
         Err((ETIMEDOUT, message))
     }
@@ -218,8 +238,13 @@ impl Channel {
 
     /// Waits for the reply to a request that was sent, which the request holds then. `ETIMEDOUT`: no
     /// answer in [`TIME_LIMIT`].
-    fn finish(request: &mut Request) -> Result {
+    fn finish(&self, request: &mut Request) -> Result {
         let call = &request.call;
+        let is_answered = || {
+            self.drain();
+            matches!(*call.progress.lock(), Progress::Answered(_))
+        };
+        let _sleep = (!poll(POLL, is_answered)).then(|| Sleep::new(self));
         loop {
             let waited = call.answered.wait_timeout(TIME_LIMIT);
             let mut progress = call.progress.lock();
@@ -242,7 +267,7 @@ impl Channel {
     /// Sends a request and waits for the reply. Errors as for both steps.
     fn call(&self, request: &mut Request) -> Result {
         self.start(request)?;
-        Self::finish(request)
+        self.finish(request)
     }
 
     /// Sends a batch of control commands. Returns how the last one executed ended.
@@ -270,6 +295,29 @@ impl Channel {
                 pr_err!("a job was refused: {status:?}\n");
                 Err(EIO)
             }
+        }
+    }
+}
+
+/// While it exists, the device interrupts for the channel.
+struct Sleep<'a>(&'a Channel);
+
+impl<'a> Sleep<'a> {
+    fn new(channel: &'a Channel) -> Self {
+        if let Some(ring) = &mut *channel.ring.lock() {
+            ring.sleepers += 1;
+            while !ring.queue.enable_callbacks() {
+                ring.drain();
+            }
+        }
+        Self(channel)
+    }
+}
+
+impl Drop for Sleep<'_> {
+    fn drop(&mut self) {
+        if let Some(ring) = &mut *self.0.ring.lock() {
+            ring.sleepers = ring.sleepers.saturating_sub(1);
         }
     }
 }
