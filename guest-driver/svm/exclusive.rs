@@ -30,9 +30,7 @@ impl Space {
             let region = at & !(REGION_BYTES - 1);
             let end = range.end.min(region + REGION_BYTES);
             let mut pages = PageSet::EMPTY;
-            for index in (at - region) >> PAGE_SHIFT..(end - region) >> PAGE_SHIFT {
-                pages.insert(index);
-            }
+            pages.insert_all((at - region) >> PAGE_SHIFT..(end - region) >> PAGE_SHIFT);
             let mut service = self.service()?;
             if self.count_in_vram(&mut service, &mm, at..end)? != 0 {
                 self.to_ram(&mm, at..end, Cause::Request)?;
@@ -53,9 +51,8 @@ impl Space {
         for region in (first..range.end).step_by(REGION_BYTES) {
             let pages = self.exclusive_pages(region)?;
             let part = range.start.max(region)..range.end.min(region + REGION_BYTES);
-            let mut indexes =
-                (part.start - region) >> PAGE_SHIFT..(part.end - region) >> PAGE_SHIFT;
-            if !pages.is_empty() && indexes.any(|index| pages.has(index)) {
+            let indexes = (part.start - region) >> PAGE_SHIFT..(part.end - region) >> PAGE_SHIFT;
+            if !pages.within(indexes).is_empty() {
                 return Ok(true);
             }
         }

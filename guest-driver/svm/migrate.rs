@@ -23,7 +23,7 @@ use crate::{
 use core::ops::Range;
 use kernel::{
     mm::MmWithUser,
-    page::{PAGE_SHIFT, PAGE_SIZE},
+    page::PAGE_SHIFT,
     prelude::*,
     sync::atomic::Relaxed,
     time::{Instant, Monotonic},
@@ -72,11 +72,17 @@ impl RunPages {
 
     /// Adds the pages of a range.
     fn insert(&mut self, range: Range<usize>) {
-        for address in range.step_by(PAGE_SIZE) {
-            let offset = address.wrapping_sub(self.base);
-            if let Some(set) = self.sets.get_mut(offset / REGION_BYTES) {
-                set.insert(offset % REGION_BYTES >> PAGE_SHIFT);
+        let mut at = range.start;
+        while at < range.end {
+            let region = at & !(REGION_BYTES - 1);
+            let end = range.end.min(region + REGION_BYTES);
+            if let Some(set) = self
+                .sets
+                .get_mut(region.wrapping_sub(self.base) / REGION_BYTES)
+            {
+                set.insert_all((at - region) >> PAGE_SHIFT..(end - region) >> PAGE_SHIFT);
             }
+            at = end;
         }
     }
 

@@ -47,10 +47,16 @@ impl PageSet {
         self.0[index / 64] |= 1 << (index % 64);
     }
 
+    pub(crate) fn insert_all(&mut self, range: Range<usize>) {
+        for (i, word) in self.0.iter_mut().enumerate() {
+            *word |= mask(&range, i);
+        }
+    }
+
     /// Those of a range of indexes.
     pub(crate) fn within(mut self, range: Range<usize>) -> Self {
-        for index in (0..BLOCK_PAGES).filter(|index| !range.contains(index)) {
-            self.remove(index);
+        for (i, word) in self.0.iter_mut().enumerate() {
+            *word &= mask(&range, i);
         }
         self
     }
@@ -66,6 +72,15 @@ impl PageSet {
     pub(crate) fn is_empty(&self) -> bool {
         *self == Self::EMPTY
     }
+}
+
+/// The bits of a range of indexes that are in word `i`.
+fn mask(range: &Range<usize>, i: usize) -> u64 {
+    let below = |end: usize| match end.saturating_sub(i * 64) {
+        bits @ 0..64 => (1 << bits) - 1,
+        _ => u64::MAX,
+    };
+    below(range.end) & !below(range.start)
 }
 
 /// The 2 MiB of addresses that a level-1 entry maps.
