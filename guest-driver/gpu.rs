@@ -5,9 +5,10 @@
 //! (users get `ENODEV`), or *lost* when it stops answering (users get `EIO`); in both all that waits
 //! is told. What is open keeps its memory, and nothing else.
 //!
-//! Locking: `spaces` and `pagemap` are leaves, held for a look-up only.
+//! Locking: `pagemap` and `awaited` are leaves, held for a look-up only.
 
 use crate::{
+    contexts::Contexts,
     kapi::{
         module,
         pagemap::DevicePagemap,
@@ -25,7 +26,6 @@ use crate::{
     svm::{
         page_table::{PageTable, Supplies},
         residence::{Pagemap, Residence},
-        Space,
     },
     uapi,
     vram::{Vram, VramPage, BLOCK_PAGES},
@@ -41,13 +41,13 @@ use farfault_protocol::{
 use kernel::{
     device,
     device::Bound,
-    new_mutex, new_spinlock,
+    new_spinlock,
     page::PAGE_SHIFT,
     prelude::*,
     sync::{
         aref::ARef,
         atomic::{Atomic, Full, Relaxed},
-        Arc, Mutex, SpinLock,
+        Arc, SpinLock,
     },
     time::{delay::fsleep, Delta},
     workqueue::{impl_has_work, new_work, Work, WorkItem},
@@ -118,14 +118,6 @@ impl Limits {
     }
 }
 
-/// A context number of the device.
-enum Slot {
-    Free,
-    /// Being opened or closed.
-    Reserved,
-    Open(Arc<Space>),
-}
-
 /// What is left of an error where a driver that is being unbound is none.
 pub(crate) fn unless_gone(error: Error) -> Result {
     if error == ENODEV {
@@ -156,7 +148,7 @@ pub(crate) struct Gpu {
     #[pin]
     pub(crate) vram: Vram,
     #[pin]
-    spaces: Mutex<KVec<Slot>>,
+    pub(crate) contexts: Contexts,
     #[pin]
     pagemap: SpinLock<Option<Arc<Pagemap>>>,
     workers: WorkQueue,
@@ -190,7 +182,7 @@ impl WorkItem<1> for Gpu {
             let Some((context, address)) = this.awaited.lock().pop() else {
                 return;
             };
-            if let Some(space) = this.space(context) {
+            if let Some(space) = this.contexts.get(context) {
                 space.bring_awaited_home(address);
             }
         }
@@ -227,11 +219,8 @@ impl Gpu {
     pub(crate) fn new(device: &Device<Bound>) -> Result<Arc<Self>> {
         let config: ConfigSpace = device.read_config()?;
         let limits = Limits::check(device.as_ref(), &config)?;
-        let mut slots = KVec::new();
-        for _ in 0..limits.max_contexts {
-            slots.push(Slot::Free, GFP_KERNEL)?;
-        }
         let vram_pages = limits.vram_pages;
+        let contexts = limits.max_contexts;
         Arc::pin_init(
             try_pin_init!(Self {
                 index: device.index(),
@@ -245,7 +234,7 @@ impl Gpu {
                 submit <- Channel::new(),
                 events <- Events::new(),
                 vram <- Vram::new(vram_pages),
-                spaces <- new_mutex!(slots),
+                contexts <- Contexts::new(contexts),
                 pagemap <- new_spinlock!(None),
                 workers: WorkQueue::new(c"farfault")?,
                 drain <- new_work!("farfault_events"),
@@ -293,9 +282,8 @@ impl Gpu {
         if self.gone.xchg(true, Full) {
             return;
         }
-        let count = self.spaces.lock().len();
-        for context in 0..count as u32 {
-            if let Some(space) = self.space(context) {
+        for context in self.contexts.numbers() {
+            if let Some(space) = self.contexts.get(context) {
                 space.close(uapi::JobStatus::DeviceLost);
             }
         }
@@ -374,12 +362,10 @@ impl Gpu {
             self.device,
             "{what} ({error:?}): the device is lost. Jobs fail; what only VRAM held is gone\n"
         );
-        // No reference may be taken: this can be an invalidation, and the last reference to an address
-        // space must not go in one.
-        for slot in self.spaces.lock().iter() {
-            if let Slot::Open(space) = slot {
-                space.jobs.close(uapi::JobStatus::DeviceLost);
-            }
+        for context in self.contexts.numbers() {
+            self.contexts.with(context, |space| {
+                space.jobs.close(uapi::JobStatus::DeviceLost)
+            });
         }
     }
 
@@ -465,40 +451,6 @@ impl Gpu {
         self.exchanged("a launch failed", self.submit.launch(launch))
     }
 
-    /// A context number. `ENOSPC`: all are in use.
-    pub(crate) fn reserve_context(&self) -> Result<u32> {
-        self.usable()?;
-        let mut spaces = self.spaces.lock();
-        let free = spaces.iter().position(|slot| matches!(slot, Slot::Free));
-        let context = free.ok_or(ENOSPC)?;
-        spaces[context] = Slot::Reserved;
-        Ok(context as u32)
-    }
-
-    /// Makes the address space of a context known to events.
-    pub(crate) fn publish_context(&self, context: u32, space: Arc<Space>) {
-        if let Some(slot) = self.spaces.lock().get_mut(context as usize) {
-            *slot = Slot::Open(space);
-        }
-    }
-
-    /// Makes a context number free again.
-    pub(crate) fn release_context(&self, context: u32) {
-        let slot = match self.spaces.lock().get_mut(context as usize) {
-            Some(slot) => core::mem::replace(slot, Slot::Free),
-            None => return,
-        };
-        drop(slot);
-    }
-
-    /// The address space of a context.
-    pub(crate) fn space(&self, context: u32) -> Option<Arc<Space>> {
-        match self.spaces.lock().get(context as usize)? {
-            Slot::Open(space) => Some(space.clone()),
-            Slot::Free | Slot::Reserved => None,
-        }
-    }
-
     /// Ends a context on the device, by a request in memory that is there.
     pub(crate) fn destroy_context(&self, context: u32, batch: &mut Batch) {
         batch.clear();
@@ -519,18 +471,14 @@ impl Gpu {
     ) {
         counter(&self.counters).fetch_add(n, Relaxed);
         let Some(context) = context else { return };
-        // As in `lose`, without a reference of its own.
-        if let Some(Slot::Open(space)) = self.spaces.lock().get(context as usize) {
+        self.contexts.with(context, |space| {
             counter(&space.counters).fetch_add(n, Relaxed);
-        }
+        });
     }
 
     /// Has a worker bring the huge page at `address` of a context home. Returns whether somebody will.
     pub(crate) fn bring_home_later(self: &Arc<Self>, context: u32, address: usize) -> bool {
-        let known = matches!(
-            self.spaces.lock().get(context as usize),
-            Some(Slot::Open(_))
-        );
+        let known = self.contexts.with(context, |_| ()).is_some();
         if known {
             let mut awaited = self.awaited.lock();
             if !awaited.contains(&(context, address)) {
@@ -542,15 +490,6 @@ impl Gpu {
             let _ = self.workers.enqueue::<_, 1>(self.clone());
         }
         known
-    }
-
-    /// [`Space::takes_failure`] of a context, if there is one.
-    pub(crate) fn takes_failure(&self, context: u32) -> bool {
-        // As in `lose`, without a reference of its own.
-        match self.spaces.lock().get(context as usize) {
-            Some(Slot::Open(space)) => space.takes_failure(),
-            _ => false,
-        }
     }
 
     /// A page for a table, with a block sent home if need be. No mmap lock may be held.
@@ -590,13 +529,13 @@ impl Gpu {
             match event {
                 Event::Fault(fault) => {
                     let context = fault.header.context.get();
-                    if let Some(space) = self.space(context) {
+                    if let Some(space) = self.contexts.get(context) {
                         space.fault_event(&fault);
                         faulted |= 1 << context;
                     }
                 }
                 Event::Fence(fence) => {
-                    if let Some(space) = self.space(fence.header.context.get()) {
+                    if let Some(space) = self.contexts.get(fence.header.context.get()) {
                         space.fence_event(&fence);
                     }
                 }
@@ -606,7 +545,7 @@ impl Gpu {
         }
         self.events.kick();
         for context in (0..MOST_CONTEXTS).filter(|context| faulted & (1 << context) != 0) {
-            if let Some(space) = self.space(context) {
+            if let Some(space) = self.contexts.get(context) {
                 // If it is queued already, it will see these faults too.
                 let _ = self.workers.enqueue(space);
             }
@@ -618,8 +557,8 @@ impl Gpu {
         match ErrorCode::from_raw(error.code.get()) {
             Some(ErrorCode::FaultOverflow) => {
                 let mut overflowed = 0;
-                for context in 0..self.limits.max_contexts {
-                    if let Some(space) = self.space(context) {
+                for context in self.contexts.numbers() {
+                    if let Some(space) = self.contexts.get(context) {
                         space.overflow_event();
                         overflowed |= 1 << context;
                     }
@@ -641,8 +580,8 @@ impl Gpu {
     /// Writes what debugfs shows.
     pub(crate) fn write_stats(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
         crate::stats::write_lines(&self.counters.read(), f)?;
-        let contexts = (0..self.limits.max_contexts)
-            .filter(|&c| self.space(c).is_some())
+        let contexts = (self.contexts.numbers())
+            .filter(|&c| self.contexts.with(c, |_| ()).is_some())
             .count();
         let vram = self.vram.pages();
         writeln!(f, "contexts {contexts}")?;

@@ -5,7 +5,7 @@
 //! | --- | --- |
 //! | `file`, `dmirror` | what user space may ask |
 //! | `svm` | mirrors, faults, migration, eviction |
-//! | `gpu`, `vram`, `queue` | the device, who owns its memory, requests and answers |
+//! | `gpu`, `contexts`, `vram`, `queue` | the device, who owns its memory, requests and answers |
 //! | `kapi` | safe wrappers of the kernel's C |
 //! | `bindings` | the C itself |
 //!
@@ -13,6 +13,7 @@
 #![deny(unsafe_code)]
 
 mod bindings;
+mod contexts;
 mod dmirror;
 mod file;
 mod gpu;

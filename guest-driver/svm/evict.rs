@@ -101,7 +101,7 @@ impl Gpu {
         let mut residents = KVec::new();
         victim.residents(&mut residents)?;
         let mut moved = 0;
-        let mm = match self.space(victim.context()) {
+        let mm = match self.contexts.get(victim.context()) {
             Some(space) => match space.mm() {
                 Ok(mm) => {
                     moved += space.bring_home(&mm, &residents, victim, cause)?;

@@ -25,8 +25,8 @@
 //! 2. the mmap lock of a process, for reading; page locks below it belong to mm.
 //! 3. the update lock of the notifier (`mirror`): the GPU's page table. Under it: no allocation that
 //!    can reclaim, no wait but for the device.
-//! 4. `Jobs`, `Gpu::spaces`, `Vram`, the rings: leaves. None is held while another is taken,
-//!    but for `Gpu::spaces` before `Jobs` when the device is lost.
+//! 4. `Jobs`, `Contexts`, `Vram`, the rings: leaves. None is held while another is taken,
+//!    but for `Contexts` before `Jobs` when the device is lost.
 //!
 //! An eviction takes the mmap lock of another process: so nobody makes room in VRAM while holding 2.
 
@@ -156,10 +156,11 @@ impl Space {
     /// Mirrors the address space of the calling process. `ENOSPC`: the device has no context left.
     pub(crate) fn open(gpu: &Arc<Gpu>) -> Result<Arc<Self>> {
         let mm = mm::current_mm().ok_or(EINVAL)?;
-        let context = gpu.reserve_context()?;
+        gpu.usable()?;
+        let context = gpu.contexts.reserve()?;
         let space = Self::create(gpu, context, &mm);
-        let space = space.inspect_err(|_| gpu.release_context(context))?;
-        gpu.publish_context(context, space.clone());
+        let space = space.inspect_err(|_| gpu.contexts.release(context))?;
+        gpu.contexts.publish(context, space.clone());
         // Who unbinds the driver closes what is published: if it was too late for that, it is now.
         if let Err(error) = gpu.usable() {
             space.close(uapi::JobStatus::DeviceLost);
@@ -366,6 +367,6 @@ impl Space {
         }
         drop(service);
         self.bring_everything_home();
-        self.gpu.release_context(self.context);
+        self.gpu.contexts.release(self.context);
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What mm asks of a page in VRAM: bring it home for the CPU, and take it back when nobody has it.
 
-use super::flight::Flight;
+use super::{flight::Flight, Space};
 use crate::{
     gpu::Gpu,
     kapi::{
@@ -53,7 +53,11 @@ impl PagemapOps for Residence {
         };
         let page = map.lookup(fault.pfn());
         let context = page.and_then(|page| gpu.vram.context_of(page.into()));
-        let fails = || context.is_some_and(|context| gpu.takes_failure(context));
+        let fails = || {
+            context
+                .and_then(|context| gpu.contexts.with(context, Space::takes_failure))
+                .unwrap_or(false)
+        };
         let flight = Flight::home(gpu, map, collected, |_| true, fails);
         let moved = match flight.and_then(Flight::land) {
             Ok(migrated) => migrated.count() as u64,
