@@ -6,7 +6,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use commands::{bench, boot, demo, doctor, hmm_tests, test};
+use commands::{bench, boot, compare, demo, doctor, hmm_tests, test};
 use xtask::{Options, Paths, Prepared, build, setup};
 
 /// Sets up, boots and tests Farfault. A first run fetches what it needs; later ones take what is there.
@@ -29,6 +29,8 @@ enum Command {
     Boot(boot::Arguments),
     /// Run the kernel's own selftests for HMM
     HmmTests(hmm_tests::Arguments),
+    /// Compare the kernel's mock device and Farfault's nodes, call by call
+    HmmCompare(compare::Arguments),
     /// Measure, and print what was measured
     Bench(bench::Arguments),
     /// Say what is missing here, and the command that mends it
@@ -64,6 +66,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Test(arguments) => test::run(options, arguments),
         Command::Boot(arguments) => boot::run(options, arguments),
         Command::HmmTests(arguments) => hmm_tests::run(options, arguments),
+        Command::HmmCompare(arguments) => compare::run(options, arguments),
         Command::Bench(arguments) => bench::run(options, arguments),
         Command::Doctor => doctor::run(options),
         Command::Setup => {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The system calls: `ioctl` on `/dev/farfaultN`, `fork` and `madvise`. The one file with `unsafe`,
-//! with its part for tests, `sys/arena.rs`.
+//! with its parts for tests, `sys/arena.rs` and `sys/stage.rs`.
 //!
 //! Two things are unsafe about a GPU that uses this process's memory, and both are dealt with here:
 //! the kernel writes through the pointers that a call passes (each call is paired with its argument
@@ -17,6 +17,8 @@
 
 #[cfg(feature = "arena")]
 pub mod arena;
+#[cfg(feature = "arena")]
+pub mod stage;
 
 use crate::{
     error::{self, CallName, Error},

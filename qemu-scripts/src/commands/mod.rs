@@ -3,6 +3,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod boot;
+pub(crate) mod compare;
 pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod hmm_tests;
