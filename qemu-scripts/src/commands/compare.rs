@@ -2,6 +2,7 @@
 //! `cargo xtask hmm-compare`: the same calls to the kernel's mock device and to Farfault's nodes, in one VM; the answers
 //! must be the same, line by line.
 
+mod machine;
 mod shrink;
 
 use std::{
@@ -9,29 +10,16 @@ use std::{
     io::{Read, stdin},
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
 };
 
 use anyhow::{Context, bail};
-use farfault_init::{DRIVER_PATH, MOCK_PATH};
-use xtask::{
-    Options, Prepared,
-    build::Extra,
-    vm::{Config, Driver, Vm},
-};
+use xtask::Options;
+
+use machine::{Machine, Run, Script, Side, Transcript};
 
 const PROGRAM: &str = "hmm-compare";
-const VRAM: &str = "256M";
-/// How long a script may take.
-const LIMIT: Duration = Duration::from_secs(120);
-const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// Lines before a difference that are shown.
 const CONTEXT: usize = 12;
-/// Where a script of the host's goes in the guest, and how much of it at a time: a command line has its limits.
-const GUEST_SCRIPT: &str = "/tmp/script";
-const PIECE: usize = 64 << 10;
-/// In these cases test_hmm asks for memory that no machine has, and the kernel reports who did that, with a stack.
-const WARNS: &str = "vmalloc::";
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -60,61 +48,15 @@ pub(crate) struct Arguments {
     only: Option<Side>,
 }
 
-/// Whose nodes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Side {
-    /// The kernel's mock device
-    #[value(name = "test_hmm")]
-    Mock,
-    /// Ours
-    #[value(name = "farfault")]
-    Ours,
-}
-
-/// What one run of the program is.
-struct Script {
-    name: String,
-    /// Arguments of the program, or a line of shell with it.
-    command: String,
-    /// The options that repeat it.
-    repeat: String,
-}
-
-/// What a script has printed on a driver, and how it ended.
-#[derive(Debug, PartialEq, Eq)]
-struct Transcript {
-    lines: Vec<String>,
-    end: String,
-}
-
-impl Side {
-    fn module(self) -> (&'static str, String) {
-        match self {
-            Self::Mock => ("test_hmm", MOCK_PATH.to_owned()),
-            Self::Ours => ("farfault", format!("{DRIVER_PATH} dmirror=1")),
-        }
-    }
-}
-
 pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let config = Config {
-        name: PROGRAM.to_owned(),
-        gpus: 2,
-        vram: VRAM.to_owned(),
-        driver: Driver::None,
-        repeat: Some(format!("cargo xtask {PROGRAM}, with the same options")),
-        ..Config::default()
-    };
-    let prepared = Prepared::with(options, Extra::Suite)?;
-    let mut vm = Vm::boot(&prepared, &config)?;
-    shell(&mut vm, &format!("{PROGRAM} prepare"))?;
-    let scripts = scripts(&mut vm, arguments)?;
+    let mut machine = Machine::new(options, arguments.faults)?;
+    let scripts = scripts(&mut machine, arguments)?;
     let sides = arguments
         .only
         .map_or(vec![Side::Mock, Side::Ours], |side| vec![side]);
     let mut transcripts = Vec::new();
     for side in sides {
-        transcripts.push(transcripts_of(&mut vm, &scripts, side, arguments.faults)?);
+        transcripts.push(machine.transcripts(&scripts, side)?);
     }
     let mut different = Vec::new();
     for (index, script) in scripts.iter().enumerate() {
@@ -129,16 +71,13 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
         }
     }
     if let (true, Some(first)) = (arguments.shrink, different.first()) {
-        let shortest = shrink::shrink(&mut vm, first.lines.clone(), arguments.faults)?;
+        let shortest = shrink::shrink(&mut machine, first.lines.clone())?;
         println!("the shortest script found that differs:");
         shortest.iter().for_each(|line| println!("    {line}"));
     }
-    vm.shutdown()?;
-    let different = different.len();
-    println!(
-        "{PROGRAM}: {} scripts, {different} with differences",
-        scripts.len()
-    );
+    machine.end()?;
+    let (scripts, different) = (scripts.len(), different.len());
+    println!("{PROGRAM}: {scripts} scripts, {different} with differences");
     Ok(if different == 0 {
         ExitCode::SUCCESS
     } else {
@@ -147,34 +86,32 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
 }
 
 /// What is to be run.
-fn scripts(vm: &mut Vm, arguments: &Arguments) -> anyhow::Result<Vec<Script>> {
-    let mut scripts = Vec::new();
+fn scripts(machine: &mut Machine, arguments: &Arguments) -> anyhow::Result<Vec<Script>> {
     if let Some(file) = &arguments.script {
-        scripts.push(from_file(vm, file)?);
+        return Ok(vec![from_file(file)?]);
     }
-    if arguments.script.is_none() && arguments.seed.is_none() {
-        let cases = shell(vm, &format!("{PROGRAM} --list"))?;
+    let mut scripts = Vec::new();
+    if arguments.seed.is_none() {
         let filter = arguments.filter.as_deref().unwrap_or_default();
+        let cases = machine.cases()?.into_iter();
         scripts.extend(
             cases
-                .lines()
                 .filter(|name| name.contains(filter))
                 .map(|name| Script {
-                    name: name.to_owned(),
-                    command: format!("case {name}"),
-                    repeat: name.to_owned(),
+                    repeat: name.clone(),
+                    name: name.clone(),
+                    run: Run::Case(name),
                 }),
         );
     }
-    if arguments.script.is_none() && arguments.filter.is_none() {
+    if arguments.filter.is_none() {
         let (first, steps) = (arguments.seed.unwrap_or(1), arguments.steps);
-        scripts.extend(
-            (first..first.saturating_add(arguments.seeds)).map(|seed| Script {
-                name: format!("random steps of seed {seed}"),
-                command: format!("random {seed} {steps}"),
-                repeat: format!("--seed {seed} --steps {steps}"),
-            }),
-        );
+        let seeds = first..first.saturating_add(arguments.seeds);
+        scripts.extend(seeds.map(|seed| Script {
+            name: format!("random steps of seed {seed}"),
+            run: Run::Random { seed, steps },
+            repeat: format!("--seed {seed} --steps {steps}"),
+        }));
     }
     if scripts.is_empty() {
         bail!(
@@ -185,94 +122,24 @@ fn scripts(vm: &mut Vm, arguments: &Arguments) -> anyhow::Result<Vec<Script>> {
     Ok(scripts)
 }
 
-fn from_file(vm: &mut Vm, file: &Path) -> anyhow::Result<Script> {
+fn from_file(file: &Path) -> anyhow::Result<Script> {
     let mut text = String::new();
     if file.as_os_str() == "-" {
         stdin().read_to_string(&mut text)?;
     } else {
         text = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
     }
-    let lines: Vec<_> = text.lines().map(str::to_owned).collect();
     Ok(Script {
         name: file.display().to_string(),
-        command: put_script(vm, 0, &lines)?,
+        run: Run::Lines(text.lines().map(str::to_owned).collect()),
         repeat: format!("--script {}", file.display()),
     })
-}
-
-/// Puts a script into the guest; the command that runs it.
-fn put_script(vm: &mut Vm, number: usize, lines: &[String]) -> anyhow::Result<String> {
-    let path = format!("{GUEST_SCRIPT}{number}");
-    shell(vm, &format!(": > {path}"))?;
-    let append = format!("printf %s \"$1\" >> {path}");
-    let mut piece = String::new();
-    for (index, line) in lines.iter().enumerate() {
-        piece.push_str(line);
-        piece.push('\n');
-        if piece.len() > PIECE || index + 1 == lines.len() {
-            let words = ["sh", "-ec", &append, "sh", &piece];
-            vm.run(&words, COMMAND_LIMIT)?.expect_success()?;
-            piece.clear();
-        }
-    }
-    Ok(format!("script < {path}"))
-}
-
-/// Runs all scripts on one driver.
-fn transcripts_of(
-    vm: &mut Vm,
-    scripts: &[Script],
-    side: Side,
-    faults: bool,
-) -> anyhow::Result<Vec<Transcript>> {
-    let (name, module) = side.module();
-    shell(vm, &format!("insmod {module}; test -c /dev/hmm_dmirror1"))?;
-    let mut transcripts = Vec::new();
-    for script in scripts {
-        let faults = if faults { "--faults " } else { "" };
-        let quiet = side == Side::Mock && script.name.starts_with(WARNS);
-        if quiet {
-            shell(vm, "dmesg -n 1")?;
-        }
-        let line = format!("{PROGRAM} {faults}{}", script.command);
-        let output = vm.run(&["sh", "-c", &line], LIMIT)?;
-        if quiet {
-            shell(vm, "dmesg -n 8")?;
-        }
-        vm.check().with_context(|| {
-            let (said, repeat) = (output.stdout_text(), &script.repeat);
-            format!(
-                "{} on {name} (cargo xtask {PROGRAM} {repeat}):\n{said}",
-                script.name
-            )
-        })?;
-        let end = match (output.code, output.signal) {
-            (Some(code), _) => format!("exit code {code} {}", output.stderr_text()),
-            (None, signal) => format!("signal {signal:?}"),
-        };
-        let lines = output.stdout_text().lines().map(str::to_owned).collect();
-        transcripts.push(Transcript {
-            lines,
-            end: end.trim().to_owned(),
-        });
-    }
-    shell(vm, &format!("rmmod {name}"))?;
-    vm.check()
-        .with_context(|| format!("after the end of {name}"))?;
-    Ok(transcripts)
-}
-
-/// Runs a line of shell, which must succeed; what it prints.
-fn shell(vm: &mut Vm, line: &str) -> anyhow::Result<String> {
-    let output = vm.run(&["sh", "-ec", line], COMMAND_LIMIT)?;
-    Ok(output.expect_success()?.stdout_text())
 }
 
 /// Says where two transcripts differ first.
 fn compare(script: &Script, mock: &Transcript, ours: &Transcript) -> bool {
     const WELL: &str = "exit code 0";
     if mock == ours && mock.end == WELL {
-        println!("same    {} ({} lines)", script.name, mock.lines.len());
         return true;
     }
     println!("DIFFERS {}", script.name);

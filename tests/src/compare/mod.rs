@@ -103,13 +103,18 @@ fn start(faults: bool) -> Result<Process> {
     Process::new(faults)
 }
 
+/// Each step is shown before it is done: it may be the last one.
 fn transcribe<'a>(process: &mut Process, lines: impl Iterator<Item = &'a str>) -> Result<()> {
     let mut out = stdout();
     for line in lines {
-        if let Some(result) = process.line(line)? {
-            let step = line.split(" -> ").next().unwrap_or_default();
-            writeln!(out, "{} -> {result}", step.trim())?;
-        }
+        let Some(parsed) = script::parse(line)? else {
+            continue;
+        };
+        let step = line.split(" -> ").next().unwrap_or_default();
+        write!(out, "{} -> ", step.trim())?;
+        out.flush()?;
+        let result = process.step(parsed).with_context(|| line.to_owned())?;
+        writeln!(out, "{result}")?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use super::{
     content::{Content, describe, word},
     guard::Guard,
     node::{self, error},
-    script::{Kind, NodeCall, Step, parse},
+    script::{Kind, Line, NodeCall, Step, parse},
 };
 use anyhow::{Context, Result, bail, ensure};
 use farfault::{
@@ -34,6 +34,10 @@ use std::{
 const RW: Protection = Protection {
     read: true,
     write: true,
+};
+const NO_ACCESS: Protection = Protection {
+    read: false,
+    write: false,
 };
 /// Said instead of a result.
 const SKIPPED: &str = "skipped: test_hmm may not survive it";
@@ -87,16 +91,8 @@ impl Process {
         })
     }
 
-    /// Does a line's step; its result, if there is a step in it. An error is the script's fault.
-    pub(super) fn line(&mut self, line: &str) -> Result<Option<String>> {
-        let Some(parsed) = parse(line)? else {
-            return Ok(None);
-        };
-        let result = self.step(parsed.step, parsed.forced);
-        result.with_context(|| line.to_owned()).map(Some)
-    }
-
-    fn step(&mut self, step: Step, forced: bool) -> Result<String> {
+    /// Does a step; its result. An error is the script's fault.
+    pub(super) fn step(&mut self, Line { step, forced }: Line) -> Result<String> {
         Ok(match step {
             Step::Map(range, kind, protection) => self.map(of_stage(range)?, kind, protection)?,
             Step::Unmap(range) => {
@@ -110,11 +106,11 @@ impl Process {
             Step::Protect(range, protection) => {
                 let result = stage::protect(range.address, range.length(), protection);
                 self.guard.changed(range);
-                if result.is_ok() {
-                    for page in range.numbers() {
-                        if let Some(mapped) = self.mapped.get_mut(&page) {
-                            mapped.protection = protection;
-                        }
+                // With a hole in the range, it has changed what comes before.
+                let now = result.map_or(NO_ACCESS, |()| protection);
+                for page in range.numbers() {
+                    if let Some(mapped) = self.mapped.get_mut(&page) {
+                        mapped.protection = now;
                     }
                 }
                 said(result)
@@ -248,6 +244,8 @@ impl Process {
             self.mapped.extend(moved);
             self.guard.moved(range, to);
         } else {
+            // It may have made room first.
+            self.forget(to);
             self.guard.changed(range);
             self.guard.changed(to);
         }
@@ -395,8 +393,9 @@ impl Process {
     /// Does steps until there are no more.
     pub(super) fn serve(&mut self, steps: impl BufRead, mut answers: impl Write) -> Result<()> {
         for line in steps.lines() {
-            let answer = match self.line(&line?) {
-                Ok(answer) => answer.unwrap_or_default(),
+            let step = parse(&line?).and_then(|line| line.context("no step"));
+            let answer = match step.and_then(|line| self.step(line)) {
+                Ok(answer) => answer,
                 Err(error) => format!("the script is wrong: {error:#}"),
             };
             writeln!(answers, "{answer}")?;

@@ -2,18 +2,15 @@
 //! Makes a script that shows a difference shorter: steps are left out, fewer and fewer at a time, as long as the drivers
 //! still answer differently. Each round runs all its attempts on one driver, then on the other.
 
-use xtask::vm::Vm;
-
-use super::{Script, Side, put_script, transcripts_of};
+use super::{Machine, Run, Script, Side};
 
 /// No script needs more.
 const MAX_ROUNDS: usize = 60;
 
 /// The steps of a transcript that are left.
 pub(super) fn shrink(
-    vm: &mut Vm,
+    machine: &mut Machine,
     transcript: Vec<String>,
-    faults: bool,
 ) -> anyhow::Result<Vec<String>> {
     let step = |line: &String| line.split(" -> ").next().unwrap_or_default().to_owned();
     let mut steps: Vec<String> = transcript.iter().map(step).collect();
@@ -23,7 +20,7 @@ pub(super) fn shrink(
             .step_by(left_out)
             .map(|first| without(&steps, |index| (first..first + left_out).contains(&index)))
             .collect();
-        let differ = differ(vm, &attempts, faults)?;
+        let differ = differ(machine, &attempts)?;
         let needed = |index: usize| !differ.get(index / left_out).copied().unwrap_or_default();
         let Some(first) = differ.iter().position(|differ| *differ) else {
             if left_out == 1 {
@@ -34,7 +31,7 @@ pub(super) fn shrink(
         };
         // Often all that can be left out alone can be left out together.
         let together = without(&steps, |index| !needed(index));
-        let works = self::differ(vm, std::slice::from_ref(&together), faults)?;
+        let works = self::differ(machine, std::slice::from_ref(&together))?;
         steps = match (works.first(), attempts.into_iter().nth(first)) {
             (Some(false), Some(attempt)) => attempt,
             _ => together,
@@ -51,20 +48,15 @@ fn without(steps: &[String], left_out: impl Fn(usize) -> bool) -> Vec<String> {
 }
 
 /// Which of these scripts show a difference.
-fn differ(vm: &mut Vm, attempts: &[Vec<String>], faults: bool) -> anyhow::Result<Vec<bool>> {
-    let mut scripts = Vec::new();
-    for (number, attempt) in attempts.iter().enumerate() {
-        scripts.push(Script {
-            name: format!("attempt {number}"),
-            command: put_script(vm, number, attempt)?,
-            repeat: String::new(),
-        });
-    }
-    let mock = transcripts_of(vm, &scripts, Side::Mock, faults)?;
-    let ours = transcripts_of(vm, &scripts, Side::Ours, faults)?;
-    Ok(mock
-        .iter()
-        .zip(&ours)
-        .map(|(mock, ours)| mock != ours)
-        .collect())
+fn differ(machine: &mut Machine, attempts: &[Vec<String>]) -> anyhow::Result<Vec<bool>> {
+    let scripts = attempts.iter().enumerate().map(|(number, lines)| Script {
+        name: format!("attempt {number}"),
+        run: Run::Lines(lines.clone()),
+        repeat: String::new(),
+    });
+    let scripts: Vec<_> = scripts.collect();
+    let mock = machine.transcripts(&scripts, Side::Mock)?;
+    let ours = machine.transcripts(&scripts, Side::Ours)?;
+    let pairs = mock.iter().zip(&ours);
+    Ok(pairs.map(|(mock, ours)| mock != ours).collect())
 }
