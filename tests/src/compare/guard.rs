@@ -8,6 +8,7 @@
 //!   device pages that it finds there for RAM: it oopses if one of them is its own device's.
 //! - An entry goes when a notifier says so, when anything splits a huge page around it, and (for the
 //!   descriptor that moved the page) when a CPU touches the page, a child's copy included.
+//! - What invalidates entries invalidates the one after its range, too.
 //! - Notifications about its own device's migrations are ignored, by every descriptor: one that did
 //!   not ask for the migration keeps entries that lead to freed pages.
 //!
@@ -81,7 +82,7 @@ impl Guard {
     /// Something may have happened to the entries of these pages, and of their neighbours.
     pub(super) fn disturbed(&mut self, range: Range) {
         let pages = range.numbers();
-        let blocks = pages.start / BLOCK * BLOCK..pages.end.next_multiple_of(BLOCK);
+        let blocks = pages.start / BLOCK * BLOCK..pages.end.next_multiple_of(BLOCK) + 1;
         for descriptor in self.descriptors.values_mut() {
             descriptor.sure.retain(|page, _| !blocks.contains(page));
         }
@@ -264,6 +265,11 @@ mod tests {
         assert!(guard.allows(&call("d write a:8")));
         assert!(!guard.allows(&call("d read a:9")));
         assert!(guard.allows(&call("e read a:9")));
+        guard.called(&call("d to-dev a+512:1"), true);
+        assert!(guard.allows(&call("d read a+512:1")));
+        guard.disturbed(Range::parse("a+511:1").unwrap());
+        assert!(!guard.allows(&call("d read a+512:1")));
+        guard.called(&call("d to-dev a:8"), true);
         guard.disturbed(Range::parse("a+100:1").unwrap());
         assert!(!guard.allows(&call("d read a:1")));
         guard.called(&call("d to-sys a:8"), true);
