@@ -35,11 +35,26 @@ impl Space {
             if self.count_in_vram(&mut service, &mm, at..end)? != 0 {
                 self.to_ram(&mm, at..end, Cause::Request)?;
             }
+            self.unmap_shared(&mm, at..end)?;
             self.take_from_cpu(&mut service, &mm, region, &pages)?;
             drop(service);
             at = end;
             if fatal_signal_pending() {
                 return Err(EINTR);
+            }
+        }
+        Ok(())
+    }
+
+    /// Unmaps pages that mm cannot take from the CPU. Where they are open to atomics all the same, they
+    /// would pass for the GPU's own.
+    fn unmap_shared(&self, mm: &MmWithUser, range: Range<usize>) -> Result {
+        let lock = MmapLock::read(mm);
+        let mut at = range.start;
+        while let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < range.end) {
+            at = vma.end();
+            if vma.is_shared() || vma.is_hugetlb() {
+                self.unmap(vma.start().max(range.start)..at.min(range.end))?;
             }
         }
         Ok(())
@@ -145,7 +160,10 @@ impl Space {
                 None => Err(ENODEV),
             };
             let sent = mapped.and_then(|mapped| {
-                self.gpu.control(&mut tables.batch)?;
+                // Nothing, where not even the first page could be taken.
+                if !tables.batch.is_empty() {
+                    self.gpu.control(&mut tables.batch)?;
+                }
                 self.count(|c| &c.pages_mapped, mapped as u64);
                 Ok(())
             });
