@@ -71,6 +71,7 @@ impl FileOps for OpenFile {
             uapi::IOC_ADVISE => this.advise(arg),
             uapi::IOC_QUERY => this.query(arg),
             uapi::IOC_STATS => write_to_user(arg, &this.space.counters.read()),
+            uapi::IOC_EXCLUSIVE => this.exclusive(arg),
             uapi::IOC_PING => this.gpu.usable().and_then(|()| this.gpu.ping()),
             _ => return Err(ENOTTY),
         }?;
@@ -160,6 +161,13 @@ impl OpenFile {
             return Err(EINVAL);
         }
         self.space.advise(range, advice)
+    }
+
+    fn exclusive(&self, arg: usize) -> Result {
+        self.gpu.usable()?;
+        let exclusive: uapi::Exclusive = read_from_user(arg)?;
+        let range = check_range(exclusive.address, exclusive.length)?;
+        self.space.make_exclusive(range)
     }
 
     fn query(&self, arg: usize) -> Result {

@@ -208,6 +208,10 @@ fn set_gpu(page: &mut uapi::Page, pte: Pte) {
         return;
     }
     page.gpu_place = uapi::Place::Ram.raw() as u8;
+    if page.cpu_place == uapi::Place::None.raw() as u8 {
+        // The GPU has it for itself: in RAM, where the CPU would fault.
+        page.cpu_place = uapi::Place::Ram.raw() as u8;
+    }
     if let Location::Vram(address) = pte.location() {
         page.gpu_place = uapi::Place::Vram.raw() as u8;
         page.gpu_vram = address.get();

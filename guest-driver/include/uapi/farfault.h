@@ -27,7 +27,7 @@
 #include <linux/types.h>
 
 /* Raised by each addition. What exists keeps its number, layout and meaning. */
-#define FARFAULT_UAPI_VERSION 1
+#define FARFAULT_UAPI_VERSION 2
 
 struct farfault_info {
 	__u32 uapi_version;	/* out: FARFAULT_UAPI_VERSION of the driver */
@@ -212,5 +212,35 @@ struct farfault_stats {
 
 /* Sends an empty command to the GPU and waits for the answer: the cost of the way there and back. */
 #define FARFAULT_IOC_PING _IO('F', 0x08)
+
+/*
+ * Takes the pages of a range from the CPU, for atomics of the GPU on pages in RAM; pages in VRAM
+ * come home for it. A job need not ask: its atomics take what they find in RAM, page by page. This
+ * takes a range ahead of them.
+ *
+ * A page is the GPU's until a CPU touches it, the kernel changes its mapping (fork, mprotect and the
+ * like) or another device takes it: nobody is kept from a page, and nobody waits for its release.
+ * QUERY says which pages the GPU has: gpu_place is RAM with FARFAULT_PAGE_ATOMIC, and cpu_flags is
+ * without FARFAULT_PAGE_WRITE. What the GPU loses without a touch (by ADVISE, or because the
+ * descriptor is closed) is in nobody's page tables until the next one: QUERY says NONE then, and
+ * MIGRATE lets it stay.
+ *
+ * Only private anonymous memory can be taken, with what a private mapping of a file has of its own.
+ * For atomics on other memory in RAM the GPU and the CPU share the page, and their atomics are
+ * atomic towards each other.
+ *   EFAULT      part of the range is not mapped, or may not be written
+ *   EOPNOTSUPP  part of the range is of another kind: a shared mapping, hugetlbfs
+ *   ENOMEM      no memory to bring pages home, or for pages that were never touched
+ *   EBUSY       pages of the range kept changing
+ *   EINTR       the process is being killed
+ * After an error, some pages of the range may have been taken or have come home. Those that may not
+ * be written keep their content and their mapping.
+ */
+struct farfault_exclusive {
+	__u64 address;		/* in: aligned to the page size */
+	__u64 length;		/* in: bytes, likewise, not zero */
+};
+
+#define FARFAULT_IOC_EXCLUSIVE _IOW('F', 0x09, struct farfault_exclusive)
 
 #endif

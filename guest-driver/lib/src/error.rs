@@ -172,6 +172,11 @@ impl Error {
         matches!(self, Self::Call { cause, .. } if Errno::from_io_error(cause) == Some(Errno::AGAIN))
     }
 
+    /// True if the call is for private anonymous memory only, and this is not.
+    pub fn is_not_anonymous(&self) -> bool {
+        matches!(self, Self::Call { cause, .. } if Errno::from_io_error(cause) == Some(Errno::OPNOTSUPP))
+    }
+
     /// True if this GPU is gone for good: unplugged, unbound or not answering.
     pub fn is_device_gone(&self) -> bool {
         match self {
@@ -213,6 +218,10 @@ fn explain(cause: &io::Error) -> String {
         Some(Errno::NOENT) => "there is no such job; it was collected before",
         Some(Errno::NOSPC) => "too many ranges have an advice of their own; advise larger ones",
         Some(Errno::NOMEM) => "the kernel has no memory for the call; free some and try again",
+        Some(Errno::OPNOTSUPP) => {
+            "the GPU can take only private anonymous memory for itself; job atomics need no call"
+        }
+        Some(Errno::BUSY) => "the pages kept changing; try again when the program is calmer",
         Some(Errno::TIMEDOUT) => "it has not ended in time; wait longer, or kill it",
         _ => return cause.to_string(),
     };
@@ -270,6 +279,8 @@ mod tests {
             E::NOENT,
             E::NOSPC,
             E::NOMEM,
+            E::OPNOTSUPP,
+            E::BUSY,
             E::TIMEDOUT,
         ] {
             let text = explain(&errno.into());
@@ -305,12 +316,14 @@ mod tests {
     }
 
     #[test]
-    fn is_busy_and_is_device_gone_tell_errnos_apart() {
+    fn questions_about_errors_tell_errnos_apart() {
         assert!(call_error(Errno::AGAIN).is_busy());
         assert!(!call_error(Errno::NODEV).is_busy());
         assert!(call_error(Errno::NODEV).is_device_gone());
         assert!(call_error(Errno::IO).is_device_gone());
         assert!(Error::DeviceLost(Kernel::Fill).is_device_gone());
         assert!(!call_error(Errno::PERM).is_device_gone());
+        assert!(call_error(Errno::OPNOTSUPP).is_not_anonymous());
+        assert!(!call_error(Errno::FAULT).is_not_anonymous());
     }
 }

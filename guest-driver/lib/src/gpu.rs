@@ -220,6 +220,22 @@ impl Gpu {
         sys::advise(self.as_fd(), request).map_err(on(CallName::new("ADVISE"), pages))
     }
 
+    /// Takes pages from the CPU, ahead of jobs that do atomics on them in RAM; pages in VRAM come home
+    /// for it. A page that the CPU touches is the CPU's again. Jobs take what they need by themselves.
+    ///
+    /// # Errors
+    ///
+    /// On memory that is not private and anonymous ([`Error::is_not_anonymous`]), or may not be
+    /// written. Some pages may have been taken, or come home, then.
+    pub fn make_exclusive(&self, pages: impl Into<Pages>) -> Result<()> {
+        let pages = pages.into();
+        let request = uapi::Exclusive {
+            address: pages.address() as u64,
+            length: pages.length() as u64,
+        };
+        sys::exclusive(self.as_fd(), request).map_err(on(CallName::new("EXCLUSIVE"), pages))
+    }
+
     /// Where each page is. It moves and maps nothing.
     pub fn query(&self, pages: impl Into<Pages>) -> Result<Vec<PageState>> {
         let mut states = Vec::new();

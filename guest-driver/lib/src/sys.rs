@@ -94,6 +94,11 @@ pub(crate) fn advise(gpu: BorrowedFd<'_>, request: uapi::Advise) -> Result<()> {
     unsafe { set::<{ uapi::IOC_ADVISE }, _>(gpu, request) }
 }
 
+pub(crate) fn exclusive(gpu: BorrowedFd<'_>, request: uapi::Exclusive) -> Result<()> {
+    // SAFETY: EXCLUSIVE reads the struct. Pages keep their content, and a CPU gets them by touch.
+    unsafe { set::<{ uapi::IOC_EXCLUSIVE }, _>(gpu, request) }
+}
+
 /// Asks for the pages of a range.
 pub(crate) fn query(gpu: BorrowedFd<'_>, range: Pages) -> Result<Vec<uapi::Page>> {
     let mut pages = vec![uapi::Page::default(); range.count()];

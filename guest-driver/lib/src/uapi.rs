@@ -88,7 +88,7 @@ const fn iowr<T>(number: u32) -> u32 {
 }
 
 /// Raised by each addition. What exists keeps its number, layout and meaning.
-pub const UAPI_VERSION: u32 = 1;
+pub const UAPI_VERSION: u32 = 2;
 
 /// Facts about the GPU and the driver.
 #[derive(
@@ -411,3 +411,20 @@ pub const IOC_STATS: u32 = ior::<Stats>(0x07);
 
 /// Sends an empty command to the GPU and waits for the answer: the cost of the way there and back.
 pub const IOC_PING: u32 = io(0x08);
+
+/// Takes the pages of a range from the CPU.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Exclusive {
+    /// In: aligned to the page size.
+    pub address: u64,
+    /// In: bytes, likewise, not zero.
+    pub length: u64,
+}
+
+assert_layout!(Exclusive, size = 16, address @ 0, length @ 8);
+
+/// Takes the pages of an [`Exclusive`] for the GPU's atomics; a CPU that touches one gets it back.
+pub const IOC_EXCLUSIVE: u32 = iow::<Exclusive>(0x09);

@@ -88,6 +88,7 @@ fn mirror_facts() -> Facts {
         gpu_faults, gpu_faults_failed, cpu_faults, pages_to_vram, pages_to_ram, pages_evicted,
         pages_mapped, invalidations, migrate_ns, jobs
     });
+    struct_facts!(facts, Exclusive = "farfault_exclusive" { address, length });
     enum_facts!(
         facts,
         Kernel = "FARFAULT_KERNEL",
@@ -108,6 +109,7 @@ fn mirror_facts() -> Facts {
         IOC_QUERY,
         IOC_STATS,
         IOC_PING,
+        IOC_EXCLUSIVE,
         PAGE_WRITE,
         PAGE_HUGE,
         PAGE_ATOMIC,

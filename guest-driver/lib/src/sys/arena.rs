@@ -252,6 +252,7 @@ calls! {
     Advise = IOC_ADVISE,
     Query = IOC_QUERY,
     Stats = IOC_STATS,
+    Exclusive = IOC_EXCLUSIVE,
 }
 
 /// A call whose number and argument are known at run time only.
