@@ -157,6 +157,7 @@ pub(crate) fn every_call(gpu: impl AsFd, region: Region) -> Vec<(&'static str, R
         length,
         ..uapi::Advise::default()
     };
+    let exclusive = uapi::Exclusive { address, length };
     let submitted = Job::sum(region).submit(gpu);
     let fence = submitted.unwrap_or(1);
     vec![
@@ -168,6 +169,7 @@ pub(crate) fn every_call(gpu: impl AsFd, region: Region) -> Vec<(&'static str, R
         ("MIGRATE", call(gpu, migrate).map(drop)),
         ("ADVISE", call(gpu, advise).map(drop)),
         ("QUERY", call(gpu, query).map(drop)),
+        ("EXCLUSIVE", call(gpu, exclusive).map(drop)),
         ("PING", arena::call_at(gpu, uapi::IOC_PING, 0)),
     ]
 }

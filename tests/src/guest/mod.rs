@@ -20,6 +20,7 @@ macro_rules! group {
 
 mod call;
 mod cases;
+mod mirror;
 mod oracle;
 mod place;
 pub mod programs;
@@ -36,7 +37,7 @@ pub const VRAM: u64 = 32 << 20;
 pub struct Case {
     /// `group::thing_condition_result`.
     pub name: &'static str,
-    /// How many GPUs it needs.
+    /// How many GPUs it needs. With three the driver has `dmirror=1`.
     pub gpus: u32,
     /// How long it may take, on a slow machine.
     pub seconds: u64,

@@ -8,6 +8,7 @@
 use super::{
     Program, VRAM,
     call::{self, Job},
+    mirror::{Action, Mirror},
     oracle,
     place::{migrate, move_all},
 };
@@ -59,6 +60,12 @@ pub const HOLD_OPEN: &str = "hold-open";
 pub const LOSE_DRIVER: &str = "lose-driver";
 /// Has a descriptor, and expects the device's process to be dead when it gets a line.
 pub const LOSE_DEVICE: &str = "lose-device";
+
+/// Has both nodes of `dmirror=1` open, with pages in the VRAM of each, and checks its data when it gets
+/// a line.
+pub const HOLD_MIRRORS: &str = "hold-mirrors";
+/// The same, and when it gets a line, one of the GPUs is to be unbound.
+pub const LOSE_MIRROR: &str = "lose-mirror";
 
 /// A program says so when the host may act.
 pub const READY: &str = "ready";
@@ -113,6 +120,14 @@ pub(super) const PROGRAMS: &[Program] = &[
     Program {
         name: LOSE_DEVICE,
         run: lose_device,
+    },
+    Program {
+        name: HOLD_MIRRORS,
+        run: hold_mirrors,
+    },
+    Program {
+        name: LOSE_MIRROR,
+        run: lose_mirror,
     },
 ];
 
@@ -271,6 +286,9 @@ fn mixed_pages(gpu: &Gpu) -> Result<Region> {
     move_all(gpu, part(7).part(0, PART / 2), Place::Vram)?;
     // 8: made by the GPU.
     Job::fill(part(8), 8).run(gpu)?;
+    // 9: the GPU's alone, in RAM.
+    oracle::write(part(9), SEED);
+    gpu.make_exclusive(part(9).pages())?;
     Ok(region)
 }
 
@@ -443,7 +461,7 @@ fn lose_device(_: &[String]) -> Result<()> {
     );
     for (name, result) in call::every_call(&gpu, region) {
         // INFO, ADVISE, STATS and QUERY may need nothing of the device.
-        let needs_device = ["SUBMIT", "MIGRATE", "PING"].contains(&name);
+        let needs_device = ["SUBMIT", "MIGRATE", "EXCLUSIVE", "PING"].contains(&name);
         ensure!(
             !needs_device || result == Err(Errno::IO),
             "{name} gave {result:?}"
@@ -456,6 +474,58 @@ fn lose_device(_: &[String]) -> Result<()> {
     );
     // What is in RAM is as it was.
     oracle::check(region, SEED, 1)?;
+    say(DONE);
+    Ok(())
+}
+
+/// Both nodes, each with pages in its VRAM, and memory for answers.
+fn with_mirrors() -> Result<([(Mirror, Region); 2], Region)> {
+    let buffer = Region::map(2 * HUGE_PAGE_SIZE, Backing::Small)?;
+    let open = |number| -> Result<_> {
+        let mirror = Mirror::open(number)?;
+        let region = written(2 * HUGE_PAGE_SIZE, Backing::Huge)?;
+        mirror.call(Action::ToDevice, region, buffer)?;
+        oracle::check(buffer, SEED, 0)?;
+        Ok((mirror, region))
+    };
+    Ok(([open(0)?, open(1)?], buffer))
+}
+
+fn hold_mirrors(_: &[String]) -> Result<()> {
+    let (mirrors, buffer) = with_mirrors()?;
+    say(READY);
+    wait_for_a_line()?;
+    for (mirror, region) in mirrors {
+        mirror.call(Action::Read, region, buffer)?;
+        oracle::check(buffer, SEED, 0)?;
+        drop(mirror);
+        oracle::check(region, SEED, 0)?;
+    }
+    say(DONE);
+    Ok(())
+}
+
+fn lose_mirror(_: &[String]) -> Result<()> {
+    let (mirrors, buffer) = with_mirrors()?;
+    say(READY);
+    wait_for_a_line()?;
+    let mut lost = 0;
+    for (mirror, region) in &mirrors {
+        let revoked = mirror.call(Action::Read, *region, buffer) == Err(Errno::NODEV);
+        lost += usize::from(revoked);
+        for action in Action::ALL {
+            let result = mirror.call(action, *region, buffer);
+            let should = if revoked {
+                result == Err(Errno::NODEV)
+            } else {
+                result.is_ok() || (action, result) == (Action::CheckExclusive, Err(Errno::PERM))
+            };
+            ensure!(should, "{action:?}, revoked {revoked}: {result:?}");
+        }
+        // WRITE wrote what READ had read.
+        oracle::check(*region, SEED, 0)?;
+    }
+    ensure!(lost == 1, "{lost} of the nodes are revoked");
     say(DONE);
     Ok(())
 }

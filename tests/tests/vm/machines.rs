@@ -16,7 +16,7 @@ use std::{
 };
 use xtask::{
     Options, Prepared,
-    vm::{Config, Vm},
+    vm::{Config, Driver, Vm},
 };
 
 /// What a case runs on. Each GPU has [`farfault_tests::guest::VRAM`].
@@ -26,6 +26,8 @@ pub(crate) enum Machine {
     Small,
     /// Two of them.
     TwoGpus,
+    /// Three of them, the driver with `dmirror=1`.
+    Mirrors,
 }
 
 /// What becomes of a VM when the case went well.
@@ -54,10 +56,10 @@ struct State {
 
 impl Machine {
     pub(crate) fn with_gpus(gpus: u32) -> Self {
-        if gpus == 1 {
-            Self::Small
-        } else {
-            Self::TwoGpus
+        match gpus {
+            1 => Self::Small,
+            2 => Self::TwoGpus,
+            _ => Self::Mirrors,
         }
     }
 
@@ -65,6 +67,15 @@ impl Machine {
         match self {
             Self::Small => 1,
             Self::TwoGpus => 2,
+            Self::Mirrors => 3,
+        }
+    }
+
+    /// The driver's parameters.
+    pub(crate) fn parameters(self) -> &'static [&'static str] {
+        match self {
+            Self::Small | Self::TwoGpus => &[],
+            Self::Mirrors => &["dmirror=1"],
         }
     }
 
@@ -76,6 +87,7 @@ impl Machine {
             gpus: self.gpus(),
             vram: farfault_tests::guest::VRAM.to_string(),
             memory: "1G".to_owned(),
+            driver: Driver::Load(self.parameters().iter().map(ToString::to_string).collect()),
             ..Config::default()
         }
     }

@@ -9,12 +9,13 @@
 //! | --- | --- |
 //! | `machines` | boots VMs, shares them among cases, checks them after each |
 //! | `inside` | what GPU and driver say about themselves |
-//! | `programs`, `tables`, `lifecycle`, `loss` | the cases of the host |
+//! | `programs`, `tables`, `lifecycle`, `mirrors`, `loss` | the cases of the host |
 
 mod inside;
 mod lifecycle;
 mod loss;
 mod machines;
+mod mirrors;
 mod programs;
 mod tables;
 
@@ -36,6 +37,7 @@ fn host_cases() -> impl Iterator<Item = &'static HostCase> {
         programs::CASES,
         tables::CASES,
         lifecycle::CASES,
+        mirrors::CASES,
         loss::CASES,
     ];
     groups.into_iter().flatten()

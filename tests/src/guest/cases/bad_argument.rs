@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
     Advice, Gpu, Kernel, PAGE_SIZE, Place,
-    uapi::{self, Advise, Kill, Migrate, Query, Submit, Wait},
+    uapi::{self, Advise, Exclusive, Kill, Migrate, Query, Submit, Wait},
 };
 use rustix::io::Errno;
 
@@ -21,6 +21,7 @@ group! { bad_argument, gpus 1, seconds 40:
     migrate_with_each_field_wrong_fails,
     advise_with_each_field_wrong_fails,
     query_with_each_field_wrong_fails,
+    exclusive_with_each_field_wrong_fails,
 }
 
 const PAGE: u64 = PAGE_SIZE as u64;
@@ -434,5 +435,69 @@ fn query_with_each_field_wrong_fails() -> Result<()> {
         read_only == Err(Errno::FAULT),
         "read-only answers: {read_only:?}"
     );
+    bench.is_unharmed()
+}
+
+fn exclusive_with_each_field_wrong_fails() -> Result<()> {
+    let bench = Bench::new()?;
+    let right = Exclusive {
+        address: bench.region.address(),
+        length: bench.region.length() as u64,
+    };
+    bench.refuses(
+        right,
+        &[
+            ("address by a byte", |e| e.address += 1, Errno::INVAL),
+            (
+                "address by half a page",
+                |e| e.address += PAGE / 2,
+                Errno::INVAL,
+            ),
+            ("no length", |e| e.length = 0, Errno::INVAL),
+            ("length by a byte", |e| e.length += 1, Errno::INVAL),
+            (
+                "overflow",
+                |e| e.length = 0u64.wrapping_sub(PAGE),
+                Errno::INVAL,
+            ),
+            (
+                "overflow to zero",
+                |e| e.length = 0u64.wrapping_sub(e.address),
+                Errno::INVAL,
+            ),
+            (
+                "address at the very end",
+                |e| e.address = 0u64.wrapping_sub(PAGE),
+                Errno::INVAL,
+            ),
+            (
+                "address of the kernel's",
+                |e| e.address = 0xffff_8880_0000_0000,
+                Errno::INVAL,
+            ),
+            (
+                "address behind user space",
+                |e| e.address = USER_END + PAGE,
+                Errno::INVAL,
+            ),
+            (
+                "length beyond user space",
+                |e| e.length = USER_END - e.address + 2 * PAGE,
+                Errno::INVAL,
+            ),
+            ("not mapped", |e| e.address = PAGE, Errno::FAULT),
+            ("not mapped at its end", |e| e.length += PAGE, Errno::FAULT),
+            (
+                "not mapped at its begin",
+                |e| e.address -= PAGE,
+                Errno::FAULT,
+            ),
+            (
+                "all of user space",
+                |e| (e.address, e.length) = (0, USER_END),
+                Errno::FAULT,
+            ),
+        ],
+    )?;
     bench.is_unharmed()
 }

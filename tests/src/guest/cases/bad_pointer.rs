@@ -27,7 +27,7 @@ group! { bad_pointer, gpus 1, seconds 40:
 }
 
 /// Every call that has an argument: its name, number and size, and whether it is written to.
-const CALLS: [(&str, u32, usize, bool); 8] = [
+const CALLS: [(&str, u32, usize, bool); 9] = [
     ("INFO", uapi::Info::NUMBER, size_of::<uapi::Info>(), true),
     (
         "SUBMIT",
@@ -56,6 +56,12 @@ const CALLS: [(&str, u32, usize, bool); 8] = [
         false,
     ),
     ("STATS", uapi::Stats::NUMBER, size_of::<uapi::Stats>(), true),
+    (
+        "EXCLUSIVE",
+        uapi::Exclusive::NUMBER,
+        size_of::<uapi::Exclusive>(),
+        false,
+    ),
 ];
 
 fn ensure_works(gpu: &Gpu) -> Result<()> {

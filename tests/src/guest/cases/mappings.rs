@@ -2,6 +2,7 @@
 //! Memory that does not move: files, shared memory, the pool of huge pages. The GPU works on it where
 //! it is.
 
+use super::exclusive::ensure_shared_atomics;
 use crate::guest::{
     call::Job,
     oracle,
@@ -136,6 +137,7 @@ fn huge_page_of_the_pool_is_used_where_it_is() -> Result<()> {
         let region = Region::map(2 * HUGE_PAGE_SIZE, Backing::HugeTlb)?;
         oracle::write(region, SEED);
         ensure_used_in_place(&gpu, region, SEED)?;
+        ensure_shared_atomics(&gpu, region)?;
         drop(gpu);
         Ok(region.unmap()?)
     })();

@@ -5,9 +5,12 @@ mod advise;
 mod bad_argument;
 mod bad_memory;
 mod bad_pointer;
+mod dmirror;
 mod eviction;
+mod exclusive;
 mod faults;
 mod fork;
+mod huge_pages;
 mod jobs;
 mod mappings;
 mod migrate;
@@ -29,11 +32,14 @@ pub(super) const GROUPS: &[&[Case]] = &[
     unmap::CASES,
     advise::CASES,
     eviction::CASES,
+    exclusive::CASES,
     fork::CASES,
     process::CASES,
     owner::CASES,
     jobs::CASES,
     bad_argument::CASES,
     bad_pointer::CASES,
+    huge_pages::CASES,
     two_gpus::CASES,
+    dmirror::CASES,
 ];
