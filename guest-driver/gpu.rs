@@ -5,7 +5,7 @@
 //! (users get `ENODEV`), or *lost* when it stops answering (users get `EIO`); in both all that waits
 //! is told. What is open keeps its memory, and nothing else.
 //!
-//! Locking: `pagemap` and `awaited` are leaves, held for a look-up only.
+//! Locking: `pagemap` is a leaf, held for a look-up only.
 
 use crate::{
     contexts::Contexts,
@@ -61,8 +61,6 @@ const MOST_CONTEXTS: u32 = 64;
 const TABLE_SHARE: usize = 2 * MOST_CONTEXTS as usize;
 /// Least tables that an address space may have whatever the size of VRAM.
 const LEAST_TABLES: usize = 16;
-/// Huge pages that wait to come home in small ones; more try again.
-const MOST_AWAITED: usize = 64;
 /// Looks for pages that are on their way home when the driver is unbound, and the pause between.
 const UNBIND_LOOKS: usize = 3000;
 const UNBIND_PAUSE: Delta = Delta::from_millis(10);
@@ -154,16 +152,10 @@ pub(crate) struct Gpu {
     workers: WorkQueue,
     #[pin]
     drain: Work<Gpu>,
-    /// Huge pages that a CPU wants and that have to come home in small ones: context and address.
-    #[pin]
-    awaited: SpinLock<KVec<(u32, usize)>>,
-    #[pin]
-    bring: Work<Gpu, 1>,
 }
 
 impl_has_work! {
     impl HasWork<Self> for Gpu { self.drain }
-    impl HasWork<Self, 1> for Gpu { self.bring }
 }
 
 impl WorkItem for Gpu {
@@ -171,21 +163,6 @@ impl WorkItem for Gpu {
 
     fn run(this: Arc<Self>) {
         this.drain_events();
-    }
-}
-
-impl WorkItem<1> for Gpu {
-    type Pointer = Arc<Self>;
-
-    fn run(this: Arc<Self>) {
-        loop {
-            let Some((context, address)) = this.awaited.lock().pop() else {
-                return;
-            };
-            if let Some(space) = this.contexts.get(context) {
-                space.bring_awaited_home(address);
-            }
-        }
     }
 }
 
@@ -208,7 +185,7 @@ impl QueueHandler for Interrupts {
             config::queue::SUBMIT => self.gpu.submit.interrupt(),
             _ => {
                 // If it is queued already, it will see this event too.
-                let _ = self.gpu.workers.enqueue::<_, 0>(self.gpu.clone());
+                let _ = self.gpu.workers.enqueue(self.gpu.clone());
             }
         }
     }
@@ -238,8 +215,6 @@ impl Gpu {
                 pagemap <- new_spinlock!(None),
                 workers: WorkQueue::new(c"farfault")?,
                 drain <- new_work!("farfault_events"),
-                awaited <- new_spinlock!(KVec::with_capacity(MOST_AWAITED, GFP_KERNEL)?),
-                bring <- new_work!("farfault_bring_home"),
             }? Error),
             GFP_KERNEL,
         )
@@ -474,22 +449,6 @@ impl Gpu {
         self.contexts.with(context, |space| {
             counter(&space.counters).fetch_add(n, Relaxed);
         });
-    }
-
-    /// Has a worker bring the huge page at `address` of a context home. Returns whether somebody will.
-    pub(crate) fn bring_home_later(self: &Arc<Self>, context: u32, address: usize) -> bool {
-        let known = self.contexts.with(context, |_| ()).is_some();
-        if known {
-            let mut awaited = self.awaited.lock();
-            if !awaited.contains(&(context, address)) {
-                // Without room, the one who waits asks again.
-                let _ = awaited.push_within_capacity((context, address));
-            }
-            drop(awaited);
-            // If it is queued already, it will see this one too.
-            let _ = self.workers.enqueue::<_, 1>(self.clone());
-        }
-        known
     }
 
     /// A page for a table, with a block sent home if need be. No mmap lock may be held.

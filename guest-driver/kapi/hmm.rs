@@ -159,6 +159,11 @@ impl<'a, T: IntervalOps> Snapshot<'a, T> {
         }
     }
 
+    /// One entry for each page, which may be out of date.
+    pub(crate) fn pfns(&self) -> &[HmmPfn] {
+        self.pfns
+    }
+
     /// Takes the update lock. `None`: something changed, look again.
     pub(crate) fn lock(self) -> Option<Valid<'a, T>> {
         Some(Valid {

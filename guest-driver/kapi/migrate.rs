@@ -81,7 +81,8 @@ pub(crate) struct Entry {
 enum Kind {
     SystemToDevice,
     DeviceToSystem,
-    /// `migrate_to_ram`: the core cannot split the folio.
+    /// `migrate_to_ram`: the core cannot split the folio, but splits the entry that maps it, so that
+    /// the CPU faults again on a page of it.
     Fault,
     /// No VMA: the core cannot split at all, and there are no holes.
     DeviceRange,
@@ -451,7 +452,7 @@ impl<'a> Collected<'a> {
             let block = head..npages.min(head + PMD_PAGES);
             let missing = self.raw.dst()[block.clone()].iter().any(|dst| *dst == 0);
             let possible = if src & VALID == 0 { !missing } else { dst != 0 };
-            if !possible || !self.can_split() {
+            if !possible || self.raw.kind == Kind::DeviceRange {
                 block.for_each(|index| self.clear(index));
             }
         }

@@ -36,6 +36,8 @@ use kernel::{
 const WINDOW: usize = ADDRESS_LIMIT;
 /// Most bytes of one job: its pages' tables are few, and so are those of the window.
 pub(crate) const MOST_BYTES: usize = 4 << 20;
+/// What is mapped or fails together, where not all of a range can be mapped.
+const WINDOW_BYTES: usize = 32 * PAGE_SIZE;
 /// Parts of a long job that run at the same time.
 const WAVES: u32 = 2;
 /// Attempts at a job that lost its window: tables may be given up while it runs.
@@ -314,7 +316,8 @@ impl Space {
         self.map_rest(service, mm, rest, rule.access)
     }
 
-    /// Maps all pages of a range where they are.
+    /// Maps all pages of a range where they are. Where one cannot be mapped, the windows before it are
+    /// mapped all the same.
     fn map_rest(
         &self,
         service: &mut Service,
@@ -322,13 +325,25 @@ impl Space {
         range: Range<usize>,
         access: Access,
     ) -> Result {
+        let mut map = |part: Range<usize>| {
+            let region = part.start & !(REGION_BYTES - 1);
+            let pages = (part.start - region) >> PAGE_SHIFT..(part.end - region) >> PAGE_SHIFT;
+            let mut wanted = Wanted::pages(pages, access);
+            self.map_wanted(service, mm, region, &mut wanted, None)
+        };
         let mut at = range.start;
         while at < range.end {
-            let region = at & !(REGION_BYTES - 1);
-            let end = range.end.min(region + REGION_BYTES);
-            let pages = (at - region) >> PAGE_SHIFT..(end - region).div_ceil(PAGE_SIZE);
-            let mut wanted = Wanted::pages(pages, access);
-            self.map_wanted(service, mm, region, &mut wanted, None)?;
+            let region_end = (at & !(REGION_BYTES - 1)) + REGION_BYTES;
+            let end = range.end.min(region_end);
+            if let Err(error) = map(at..end) {
+                while at < end {
+                    let done = (at - range.start) % WINDOW_BYTES;
+                    let window_end = end.min(at + WINDOW_BYTES - done);
+                    map(at..window_end)?;
+                    at = window_end;
+                }
+                return Err(error);
+            }
             at = end;
         }
         Ok(())

@@ -8,7 +8,7 @@ use super::{
     Service, Space, REGION_BYTES,
 };
 use crate::{
-    kapi::{hmm::HmmPfn, mm::MmapLock, signal::fatal_signal_pending, trace::Cause},
+    kapi::{mm::MmapLock, signal::fatal_signal_pending, trace::Cause},
     vram::BLOCK_PAGES,
 };
 use core::ops::Range;
@@ -76,22 +76,16 @@ impl Space {
 
     /// Gives the pages of a run that the GPU has for itself back to the CPU, as far as that works out.
     pub(super) fn give_back(&self, service: &mut Service, mm: &MmWithUser, run: Range<usize>) {
-        let Ok(map) = self.gpu.pagemap() else { return };
         for region in (run.start & !(REGION_BYTES - 1)..run.end).step_by(REGION_BYTES) {
             let pages = match self.exclusive_pages(region) {
                 Ok(pages) if !pages.is_empty() => pages,
                 _ => continue,
             };
-            for (index, pfn) in service.pfns.iter_mut().enumerate() {
-                let inside = run.contains(&(region + (index << PAGE_SHIFT)));
-                *pfn = HmmPfn::request(inside && pages.has(index), false);
-            }
-            let lock = MmapLock::read(mm);
-            let all = region..region + REGION_BYTES;
+            let inside = run.start.max(region)..run.end.min(region + REGION_BYTES);
+            let indexes =
+                (inside.start - region) >> PAGE_SHIFT..(inside.end - region) >> PAGE_SHIFT;
             // To look for such a page is to give it back.
-            let _ = self
-                .mirror
-                .range_fault(&lock, all, map.owner(), &mut service.pfns);
+            let _ = self.fault_in(service, mm, region, &pages.within(indexes), false);
         }
     }
 
@@ -116,7 +110,6 @@ impl Space {
         region: usize,
         pages: &PageSet,
     ) -> Result {
-        let map = self.gpu.pagemap()?;
         let range = region..region + REGION_BYTES;
         for _ in 0..ATTEMPTS {
             let had = self.exclusive_pages(region)?;
@@ -125,15 +118,14 @@ impl Space {
                 return Ok(());
             }
             let mut supplies = self.supplies(region)?;
-            let lock = MmapLock::read(mm);
-            for (index, pfn) in service.pfns.iter_mut().enumerate() {
-                *pfn = HmmPfn::request(wanted(index), wanted(index));
-            }
+            let mut missing = PageSet::EMPTY;
+            (0..BLOCK_PAGES)
+                .filter(|&index| wanted(index))
+                .for_each(|index| missing.insert(index));
             // Writable and nobody's, so that nothing changes when they are taken. Where that fails,
             // so does the taking, and says why.
-            let _ = self
-                .mirror
-                .range_fault(&lock, range.clone(), map.owner(), &mut service.pfns);
+            let _ = self.fault_in(service, mm, region, &missing, true);
+            let lock = MmapLock::read(mm);
             let taken = self
                 .mirror
                 .make_exclusive(&lock, range.clone(), wanted, &mut service.pfns)

@@ -11,12 +11,13 @@
 
 use super::{
     map::{Obstacle, Wanted},
+    page_table::PageSet,
     residence::Pagemap,
     Service, Space, REGION_BYTES,
 };
 use crate::{
     gpu::unless_gone,
-    kapi::{exclusive::is_not_anonymous, hmm::HmmPfn, mm::MmapLock, trace},
+    kapi::{exclusive::is_not_anonymous, hmm::HmmPfn, trace},
     sort::sort_by_key,
     uapi::Advice,
     vram::BLOCK_ORDER,
@@ -321,21 +322,19 @@ impl Space {
             let in_vram = head.pfn().is_some_and(|pfn| map.lookup(pfn).is_some());
             in_vram && head.order() >= BLOCK_ORDER
         });
-        for (index, pfn) in service.pfns.iter_mut().enumerate() {
-            let shared = is_shared(index, *pfn);
-            *pfn = HmmPfn::request(shared, shared);
+        let mut pages = PageSet::EMPTY;
+        for (index, pfn) in service.pfns.iter().enumerate() {
+            if is_shared(index, *pfn) {
+                pages.insert(index);
+            }
         }
         if huge_in_vram {
             // mm does not copy part of a huge page of VRAM where it is.
             let all = region..region + REGION_BYTES;
             let _ = self.to_ram(mm, all, trace::Cause::GpuFault);
         }
-        let lock = MmapLock::read(mm);
-        let range = region..region + (wanted.end() << PAGE_SHIFT);
         // Where it fails, the attempt to map fails, and says why.
-        let _ = self
-            .mirror
-            .range_fault(&lock, range, map.owner(), &mut service.pfns);
+        let _ = self.fault_in(service, mm, region, &pages, true);
         true
     }
 

@@ -98,8 +98,8 @@ impl Space {
         Ok(())
     }
 
-    /// Maps pages of a run as far as the CPU has them, and with `vram` only those that are in VRAM, so
-    /// that the GPU's next use need not fault.
+    /// Maps pages of a run as far as the CPU has them, so that the GPU's next use need not fault: with
+    /// `vram` those that are in VRAM, and else all, with all rights that the CPU has.
     pub(super) fn map_run(
         &self,
         service: &mut Service,
@@ -175,6 +175,13 @@ impl Space {
         )?;
         drop(lock);
         let mut valid = snapshot.lock().ok_or(Obstacle::Changed)?;
+        if !vram {
+            for (region, set) in group {
+                let at = (region - first) >> PAGE_SHIFT;
+                let indexes = (0..BLOCK_PAGES).filter(|&index| set.has(index));
+                indexes.for_each(|index| valid.mark_dirty(at + index));
+            }
+        }
         let mut total = 0;
         let (pfns, tables) = valid.parts();
         let Tables { table, batch } = tables;
@@ -186,7 +193,7 @@ impl Space {
             let mapped = table.mapped(region);
             for (index, (slot, &pfn)) in service.entries.iter_mut().zip(pfns).enumerate() {
                 let wanted = set.has(index) && !mapped.has(index);
-                let leaf = wanted.then(|| leaf(&map, pfn, false, false)).flatten();
+                let leaf = wanted.then(|| leaf(&map, pfn, !vram, false)).flatten();
                 let leaf = leaf.filter(|leaf| !(vram && leaf.has(Pte::SYSTEM)));
                 *slot = leaf.unwrap_or(Pte::EMPTY);
             }
@@ -223,6 +230,39 @@ impl Space {
             }));
     }
 
+    /// Makes the CPU have pages of a region, for stores or only for loads; no others. `EFAULT`, `EPERM`:
+    /// one is not mapped, or not so.
+    pub(super) fn fault_in(
+        &self,
+        service: &mut Service,
+        mm: &MmWithUser,
+        region: usize,
+        pages: &PageSet,
+        write: bool,
+    ) -> Result {
+        let map = self.gpu.pagemap()?;
+        let mut next = 0;
+        while let Some(first) = (next..BLOCK_PAGES).find(|&index| pages.has(index)) {
+            let end = (first..BLOCK_PAGES).find(|&index| !pages.has(index));
+            next = end.unwrap_or(BLOCK_PAGES);
+            // One run at a time: hmm faults in all from the first page that is missing to the end of
+            // what it is asked about.
+            let run = region + (first << PAGE_SHIFT)..region + (next << PAGE_SHIFT);
+            service.pfns.fill(HmmPfn::request(true, write));
+            let lock = MmapLock::read(mm);
+            let owner = map.owner();
+            let faulted = self
+                .mirror
+                .range_fault(&lock, run, owner, &mut service.pfns);
+            match faulted {
+                // Whoever comes to look again sees it.
+                Err(error) if error != EBUSY => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// One attempt to make the CPU have the wanted pages and to map them; also what there is near
     /// them. Returns whether the replay that `through` asks for was sent along.
     pub(super) fn try_map(
@@ -249,17 +289,15 @@ impl Space {
         supplies: &mut Supplies,
     ) -> Result<bool, Obstacle> {
         let map = self.gpu.pagemap()?;
-        let exclusive = self.exclusive_pages(region)?;
+        let exclusive = match wanted.alone {
+            true => PageSet::EMPTY,
+            false => self.exclusive_pages(region)?,
+        };
         // What the GPU has for itself it has mapped with all rights; to look for it is to lose it.
         let access = |index| wanted.access(index).filter(|_| !exclusive.has(index));
         // From the region's begin on: hmm reports a huge page of VRAM wrongly to who starts in it.
         let count = wanted.end();
-        for (index, pfn) in service.pfns.iter_mut().enumerate() {
-            *pfn = match access(index) {
-                None => HmmPfn::NONE,
-                Some(access) => HmmPfn::request(true, access != Access::Read),
-            };
-        }
+        service.pfns.fill(HmmPfn::NONE);
         let at = region + (wanted.first() << PAGE_SHIFT);
         let (advised, advice) = self.advice.lock().range_at(at);
         let lock = MmapLock::read(mm);
@@ -272,6 +310,21 @@ impl Space {
             &mut service.pfns,
         )?;
         drop(lock);
+        let (mut reads, mut writes) = (PageSet::EMPTY, PageSet::EMPTY);
+        for (index, &pfn) in snapshot.pfns().iter().enumerate() {
+            match access(index) {
+                Some(access) if is_missing(&map, pfn, access) => match access {
+                    Access::Read => reads.insert(index),
+                    Access::Write | Access::Atomic => writes.insert(index),
+                },
+                _ => {}
+            }
+        }
+        if !(reads.is_empty() && writes.is_empty()) {
+            self.fault_in(service, mm, region, &reads, false)?;
+            self.fault_in(service, mm, region, &writes, true)?;
+            return Err(Obstacle::Changed);
+        }
         let mut valid = snapshot.lock().ok_or(Obstacle::Changed)?;
 
         let table = valid.state().table.as_ref().ok_or(ENODEV)?;
@@ -293,7 +346,11 @@ impl Space {
             let write = access.is_some_and(|a| a != Access::Read);
             let address = region + (index << PAGE_SHIFT);
             // What is mapped already may be so with more rights.
-            if mapped.has(index) && !write {
+            let known = match huge {
+                true => mapped.is_full(),
+                false => mapped.has(index),
+            };
+            if known && !write {
                 continue;
             }
             let near = access.is_none();
@@ -302,7 +359,8 @@ impl Space {
             }
             let atomic = wanted.shared_atomics && access == Some(Access::Atomic);
             let pfn = valid.pfns().get(index);
-            let Some(leaf) = pfn.and_then(|&pfn| leaf(&map, pfn, write, atomic)) else {
+            let store = write || wanted.alone;
+            let Some(leaf) = pfn.and_then(|&pfn| leaf(&map, pfn, store, atomic)) else {
                 if access.is_some() {
                     return Err(EFAULT.into());
                 }
@@ -351,6 +409,13 @@ impl Space {
         self.count(|c| &c.pages_mapped, mapped as u64);
         Ok(replayed)
     }
+}
+
+/// Whether a page has to be faulted in for an access. One in VRAM that is read-only stays so.
+fn is_missing(map: &Pagemap, pfn: HmmPfn, access: Access) -> bool {
+    let in_vram = || pfn.pfn().is_some_and(|pfn| map.lookup(pfn).is_some());
+    let there = pfn.is_valid() && !pfn.is_error();
+    !there || (access != Access::Read && !pfn.is_writable() && !in_vram())
 }
 
 /// Whether an entry stands for all of its region.

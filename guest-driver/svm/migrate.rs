@@ -29,8 +29,10 @@ use kernel::{
     time::{Instant, Monotonic},
 };
 
-/// Most bytes of a batch.
-const BATCH_BYTES: usize = 2 * REGION_BYTES;
+/// Most bytes of a batch to VRAM: of a hole that is larger mm finds no more than the first huge page.
+const MOST_UP: usize = REGION_BYTES;
+/// Most bytes of a batch home.
+const MOST_HOME: usize = 2 * REGION_BYTES;
 /// Most bytes of a run.
 const RUN_BYTES: usize = 16 * REGION_BYTES;
 /// Regions that a run may have a part in.
@@ -238,28 +240,32 @@ impl Space {
         };
         let mut flight = None;
         let mut at = range.start;
-        while let Some((vma, part)) = next_part(&lock, at, range.end, unmovable)? {
+        let mut send = || -> Result<bool> {
+            let Some((vma, part)) = next_part(&lock, at, range.end, unmovable, MOST_UP)? else {
+                return Ok(false);
+            };
             at = part.end;
             // Of a private mapping of a file, the pages that were written can move.
             let movable = vma.is_anonymous() || (asked && !vma.is_shared());
             if !(movable && vma.is_readable() && vma.can_migrate()) {
-                continue;
+                return Ok(true);
             }
             let batch = Batch::begin(part);
             let collected = Collected::system_to_device(vma, batch.range.clone(), map.owner())?;
             let fails = || self.takes_failure();
             let next = Flight::to_vram(&self.gpu, &map, collected, &mut room, fails)?;
             land(flight.replace((next, batch)))?;
-        }
-        land(flight)
-    }
-
-    /// Brings the huge page at `address` home for a CPU, in small ones if need be.
-    pub(crate) fn bring_awaited_home(&self, address: usize) {
-        // Where it does not work out, the CPU asks again.
-        if let Ok(mm) = self.mm() {
-            let _ = self.to_ram(&mm, address..address + REGION_BYTES, Cause::CpuFault);
-        }
+            Ok(true)
+        };
+        let sent = loop {
+            match send() {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        // What was sent before an error lands all the same.
+        land(flight).and(sent)
     }
 
     /// Brings the pages of a range home.
@@ -312,18 +318,29 @@ impl Space {
         };
         let mut flight = None;
         let mut at = range.start;
-        while let Some((vma, part)) = next_part(&lock, at, range.end, unmovable)? {
+        let mut send = || -> Result<bool> {
+            let Some((vma, part)) = next_part(&lock, at, range.end, unmovable, MOST_HOME)? else {
+                return Ok(false);
+            };
             at = part.end;
             if !vma.can_migrate() {
-                continue;
+                return Ok(true);
             }
             let batch = Batch::begin(part);
             let collected = Collected::device_to_system(vma, batch.range.clone(), map.owner())?;
             let fails = || self.takes_failure();
             let next = Flight::home(&self.gpu, &map, collected, &wanted, fails)?;
             land(flight.replace((next, batch)))?;
-        }
-        land(flight)?;
+            Ok(true)
+        };
+        let sent = loop {
+            match send() {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        land(flight).and(sent)?;
         Ok(home)
     }
 
@@ -410,6 +427,7 @@ fn next_part<'a>(
     at: usize,
     end: usize,
     unmovable: Unmovable,
+    most: usize,
 ) -> Result<Option<(Vma<'a>, Range<usize>)>> {
     if at >= end {
         return Ok(None);
@@ -427,7 +445,7 @@ fn next_part<'a>(
     let start = at.max(vma.start());
     let region = start & !(REGION_BYTES - 1);
     let most = match unmovable {
-        _ if start == region => start.saturating_add(BATCH_BYTES),
+        _ if start == region => start.saturating_add(most),
         // So that no huge page is parted that need not be.
         Unmovable::Skip => region.saturating_add(REGION_BYTES),
         Unmovable::Refuse => start.saturating_add(REGION_BYTES),

@@ -7,19 +7,10 @@ use crate::{
     kapi::{
         migrate::Collected,
         pagemap::{DevicePage, DevicePagemap, Fault, PagemapOps, VmFault},
-        signal::fatal_signal_pending,
         trace::{self, Cause, Direction},
     },
 };
-use kernel::{
-    page::PAGE_SIZE,
-    prelude::*,
-    sync::Arc,
-    time::{delay::fsleep, Delta},
-};
-
-/// Before a task looks again for a page that a worker brings home.
-const PAUSE: Delta = Delta::from_millis(1);
+use kernel::{page::PAGE_SIZE, prelude::*, sync::Arc};
 
 /// The pages of one GPU's VRAM.
 pub(crate) type Pagemap = DevicePagemap<Residence>;
@@ -61,7 +52,7 @@ impl PagemapOps for Residence {
         let flight = Flight::home(gpu, map, collected, |_| true, fails);
         let moved = match flight.and_then(Flight::land) {
             Ok(migrated) => migrated.count() as u64,
-            Err(e) if e == ENOMEM => return Self::wait_for_memory(gpu, context, fault, start),
+            Err(e) if e == ENOMEM => return VmFault::Oom,
             Err(_) => return VmFault::SigBus,
         };
         gpu.count(context, |c| &c.cpu_faults, 1);
@@ -76,25 +67,8 @@ impl PagemapOps for Residence {
             moved,
             1 << fault.order(),
         );
-        // If it did not move, somebody else works on it: the task looks again.
+        // If it did not move, somebody else works on it, or it was a huge page that comes in small ones
+        // now: the task looks again.
         VmFault::Done
-    }
-}
-
-impl Residence {
-    /// There was no memory. mm does not split a huge page during a fault on it, so a worker brings it
-    /// home in small ones, and the task looks again.
-    fn wait_for_memory(
-        gpu: &Arc<Gpu>,
-        context: Option<u32>,
-        fault: &Fault<'_>,
-        start: usize,
-    ) -> VmFault {
-        let huge = fault.order() != 0 && !fatal_signal_pending();
-        if huge && context.is_some_and(|context| gpu.bring_home_later(context, start)) {
-            fsleep(PAUSE);
-            return VmFault::Done;
-        }
-        VmFault::Oom
     }
 }
