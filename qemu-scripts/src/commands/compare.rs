@@ -66,7 +66,7 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
             .collect();
         match of_script[..] {
             [mock, ours] if !compare(script, mock, ours) => different.push(mock),
-            [only] => show(script, only),
+            [only] if !show(script, only) => different.push(only),
             _ => {}
         }
     }
@@ -77,7 +77,7 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
     }
     machine.end()?;
     let (scripts, different) = (scripts.len(), different.len());
-    println!("{PROGRAM}: {scripts} scripts, {different} with differences");
+    println!("{PROGRAM}: {scripts} scripts, {different} with differences or trouble");
     Ok(if different == 0 {
         ExitCode::SUCCESS
     } else {
@@ -138,8 +138,7 @@ fn from_file(file: &Path) -> anyhow::Result<Script> {
 
 /// Says where two transcripts differ first.
 fn compare(script: &Script, mock: &Transcript, ours: &Transcript) -> bool {
-    const WELL: &str = "exit code 0";
-    if mock == ours && mock.end == WELL {
+    if mock == ours && mock.is_well() {
         return true;
     }
     println!("DIFFERS {}", script.name);
@@ -162,10 +161,12 @@ fn compare(script: &Script, mock: &Transcript, ours: &Transcript) -> bool {
     false
 }
 
-fn show(script: &Script, transcript: &Transcript) {
+/// Shows one whole; did it end well?
+fn show(script: &Script, transcript: &Transcript) -> bool {
     println!("# {}", script.name);
     for line in &transcript.lines {
         println!("{line}");
     }
     println!("# {}\n", transcript.end);
+    transcript.is_well()
 }

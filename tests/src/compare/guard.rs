@@ -117,7 +117,8 @@ impl Guard {
                 .map(|page| page.wrapping_add(distance))
                 .collect::<Vec<_>>()
         });
-        self.emptied(to);
+        // Where nothing was mapped to be moved, what is at the other end stays.
+        self.changed(to);
         self.emptied(from);
         for (resident, moved) in self.resident.iter_mut().zip(on_device) {
             resident.extend(moved);
@@ -273,6 +274,17 @@ mod tests {
         guard.disturbed(Range::parse("a+100:1").unwrap());
         assert!(!guard.allows(&call("d read a:1")));
         guard.called(&call("d to-sys a:8"), true);
+        assert!(guard.allows(&call("d read a:8")));
+    }
+
+    #[test]
+    fn a_move_takes_pages_along_and_may_leave_those_at_its_end() {
+        let mut guard = with_pages_on_device();
+        let range = |text| Range::parse(text).unwrap();
+        guard.moved(range("b:4"), range("a:4"));
+        assert!(!guard.allows(&call("d read a:1")));
+        guard.moved(range("a:8"), range("c:8"));
+        assert!(!guard.allows(&call("d read c+7:1")));
         assert!(guard.allows(&call("d read a:8")));
     }
 

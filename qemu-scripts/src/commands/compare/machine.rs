@@ -69,6 +69,13 @@ pub(super) struct Machine {
     trouble: u32,
 }
 
+impl Transcript {
+    /// Did the script come to its end?
+    pub(super) fn is_well(&self) -> bool {
+        self.end == "exit code 0"
+    }
+}
+
 impl Side {
     fn module(self) -> (&'static str, String) {
         match self {
