@@ -22,6 +22,7 @@ use crate::{
 };
 use core::ops::Range;
 use kernel::{
+    alloc::kvec::PushError,
     mm::MmWithUser,
     page::PAGE_SHIFT,
     prelude::*,
@@ -33,6 +34,8 @@ use kernel::{
 const MOST_UP: usize = REGION_BYTES;
 /// Most bytes of a batch home.
 const MOST_HOME: usize = 2 * REGION_BYTES;
+/// Most batches on their way at once.
+const MOST_FLIGHTS: usize = 4;
 /// Most bytes of a run.
 const RUN_BYTES: usize = 16 * REGION_BYTES;
 /// Regions that a run may have a part in.
@@ -223,10 +226,7 @@ impl Space {
         let mut room = self.gpu.make_room(self.context, pages)?;
         let asked = matches!(cause, Cause::Request);
         let lock = MmapLock::read(mm);
-        let mut land = |flight: Option<(Flight<'_>, Batch)>| -> Result {
-            let Some((flight, batch)) = flight else {
-                return Ok(());
-            };
+        let mut land = |(flight, batch): (Flight<'_>, Batch)| -> Result {
             let migrated = flight.land()?;
             let mut moved = 0;
             for (index, order) in migrated.entries() {
@@ -238,7 +238,7 @@ impl Space {
             self.finish(batch, Direction::ToDevice, cause, moved);
             Ok(())
         };
-        let mut flight = None;
+        let mut flights = Flights::new()?;
         let mut at = range.start;
         let mut send = || -> Result<bool> {
             let Some((vma, part)) = next_part(&lock, at, range.end, unmovable, MOST_UP)? else {
@@ -254,7 +254,9 @@ impl Space {
             let collected = Collected::system_to_device(vma, batch.range.clone(), map.owner())?;
             let fails = || self.takes_failure();
             let next = Flight::to_vram(&self.gpu, &map, collected, &mut room, fails)?;
-            land(flight.replace((next, batch)))?;
+            if let Some(oldest) = flights.send((next, batch)) {
+                land(oldest)?;
+            }
             Ok(true)
         };
         let sent = loop {
@@ -265,7 +267,7 @@ impl Space {
             }
         };
         // What was sent before an error lands all the same.
-        land(flight).and(sent)
+        flights.land_all(land).and(sent)
     }
 
     /// Brings the pages of a range home.
@@ -300,10 +302,7 @@ impl Space {
         let map = self.gpu.pagemap()?;
         let lock = MmapLock::read(mm);
         let mut home = Home::default();
-        let mut land = |flight: Option<(Flight<'_>, Batch)>| -> Result {
-            let Some((flight, batch)) = flight else {
-                return Ok(());
-            };
+        let mut land = |(flight, batch): (Flight<'_>, Batch)| -> Result {
             let migrated: Migrated<'_> = flight.land()?;
             let mut moved = 0;
             for (_, order) in migrated.entries() {
@@ -316,7 +315,7 @@ impl Space {
             self.finish(batch, Direction::ToSystem, cause, moved);
             Ok(())
         };
-        let mut flight = None;
+        let mut flights = Flights::new()?;
         let mut at = range.start;
         let mut send = || -> Result<bool> {
             let Some((vma, part)) = next_part(&lock, at, range.end, unmovable, MOST_HOME)? else {
@@ -330,7 +329,9 @@ impl Space {
             let collected = Collected::device_to_system(vma, batch.range.clone(), map.owner())?;
             let fails = || self.takes_failure();
             let next = Flight::home(&self.gpu, &map, collected, &wanted, fails)?;
-            land(flight.replace((next, batch)))?;
+            if let Some(oldest) = flights.send((next, batch)) {
+                land(oldest)?;
+            }
             Ok(true)
         };
         let sent = loop {
@@ -340,7 +341,7 @@ impl Space {
                 Err(error) => break Err(error),
             }
         };
-        land(flight).and(sent)?;
+        flights.land_all(land).and(sent)?;
         Ok(home)
     }
 
@@ -419,6 +420,34 @@ fn mapped_end(lock: &MmapLock<'_>, at: usize, end: usize) -> Option<usize> {
         }
     }
     Some(end)
+}
+
+/// Batches on their way, in order.
+struct Flights<'a>(KVec<(Flight<'a>, Batch)>);
+
+impl<'a> Flights<'a> {
+    fn new() -> Result<Self> {
+        Ok(Self(KVec::with_capacity(MOST_FLIGHTS, GFP_KERNEL)?))
+    }
+
+    /// Adds one, and gives the oldest back for landing if there are as many as there may be.
+    fn send(&mut self, flight: (Flight<'a>, Batch)) -> Option<(Flight<'a>, Batch)> {
+        match self.0.push_within_capacity(flight) {
+            Ok(()) if self.0.len() < MOST_FLIGHTS => None,
+            Ok(()) => self.0.remove(0).ok(),
+            // Not so: there is room for all there may be.
+            Err(PushError(flight)) => Some(flight),
+        }
+    }
+
+    /// Lands all, even those behind one that does not.
+    fn land_all(mut self, mut land: impl FnMut((Flight<'a>, Batch)) -> Result) -> Result {
+        let mut result = Ok(());
+        for flight in self.0.drain_all() {
+            result = result.and(land(flight));
+        }
+        result
+    }
 }
 
 /// The next batch from `at` on, inside one mapping.
