@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The turns: what is loaded, switched and run for each figure. The only file here that speaks to the VM.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use farfault_init::{DRIVER_PATH, MOCK_PATH};
@@ -126,9 +131,16 @@ fn with_module(
     act(vm)?;
     let path = module.first().copied().unwrap_or_default();
     let name = Path::new(path).file_stem().unwrap_or_default();
-    vm.run(&["rmmod", &name.to_string_lossy()], MODULE_LIMIT)?
-        .expect_success()?;
-    Ok(())
+    // A program that the suite has killed may be on its way out yet, and its file with it.
+    let started = Instant::now();
+    loop {
+        let output = vm.run(&["rmmod", &name.to_string_lossy()], MODULE_LIMIT)?;
+        if output.success() || started.elapsed() > MODULE_LIMIT {
+            output.expect_success()?;
+            return Ok(());
+        }
+        thread::sleep(Duration::from_secs(1));
+    }
 }
 
 fn suite(vm: &mut Vm, round: &mut Round, source: Source) -> anyhow::Result<()> {
