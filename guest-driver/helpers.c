@@ -4,6 +4,7 @@
 #include <linux/fs.h>
 #include <linux/gfp.h>
 #include <linux/ioport.h>
+#include <linux/memcontrol.h>
 #include <linux/memremap.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
@@ -100,6 +101,12 @@ void farfault_c_folio_put(struct folio *folio)
 void farfault_c_folio_mark_dirty(struct folio *folio)
 {
 	folio_mark_dirty(folio);
+}
+
+/* Without memory cgroups nothing is charged, and nobody asks for it. */
+bool farfault_c_folio_is_charged(struct folio *folio)
+{
+	return mem_cgroup_disabled() || folio_memcg_charged(folio);
 }
 
 /* Large folios: how hard to try. Single pages are always tried for as page faults do. */

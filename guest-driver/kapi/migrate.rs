@@ -253,6 +253,7 @@ impl<'a> Collected<'a> {
         let first = map.pfn(super::pagemap::DevicePage(pages.start));
         // SAFETY: The array has `npages` entries, and the frames are of a registered pagemap.
         to_result(unsafe { bindings::migrate_device_range(args.src, first.0, npages) })?;
+        arrays.src.iter_mut().for_each(leave_if_uncharged);
         // INVARIANT: `migrate_device_range()` has filled `src`, and there are no destinations yet.
         Ok(Self {
             raw: Raw {
@@ -502,5 +503,23 @@ fn order_of(entry: usize) -> u32 {
         0
     } else {
         PMD_ORDER
+    }
+}
+
+/// Lets a folio be that another migration is about to free: one that has moved, or the destination of
+/// one that has not. `migrate_device_range()` finds such a folio between `folio_unlock()` and
+/// `folio_put()`. It is not charged to a memory cgroup, so what takes its place would not be either,
+/// and the core looks for the LRU list of that for ever (`docs/kernel-findings.md`).
+fn leave_if_uncharged(src: &mut usize) {
+    if *src & (VALID | MIGRATE) != VALID | MIGRATE {
+        return;
+    }
+    // SAFETY: The folio is locked and referenced for this migration.
+    let charged = unsafe {
+        let page = bindings::farfault_c_pfn_to_page(*src >> SHIFT);
+        bindings::farfault_c_folio_is_charged(bindings::farfault_c_page_folio(page))
+    };
+    if !charged {
+        *src &= !MIGRATE;
     }
 }
