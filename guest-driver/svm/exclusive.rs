@@ -8,7 +8,7 @@ use super::{
     Service, Space, REGION_BYTES,
 };
 use crate::{
-    kapi::{mm::MmapLock, signal::fatal_signal_pending, trace::Cause},
+    kapi::{mm::MmapLock, signal::fatal_signal_pending},
     vram::BLOCK_PAGES,
 };
 use core::ops::Range;
@@ -32,9 +32,6 @@ impl Space {
             let mut pages = PageSet::EMPTY;
             pages.insert_all((at - region) >> PAGE_SHIFT..(end - region) >> PAGE_SHIFT);
             let mut service = self.service()?;
-            if self.count_in_vram(&mut service, &mm, at..end)? != 0 {
-                self.to_ram(&mm, at..end, Cause::Request)?;
-            }
             self.unmap_shared(&mm, at..end)?;
             self.take_from_cpu(&mut service, &mm, region, &pages)?;
             drop(service);
@@ -111,26 +108,35 @@ impl Space {
         pages: &PageSet,
     ) -> Result {
         let range = region..region + REGION_BYTES;
-        for _ in 0..ATTEMPTS {
+        let (mut end, mut stopped) = (BLOCK_PAGES, None);
+        for attempt in 0..ATTEMPTS {
             let had = self.exclusive_pages(region)?;
-            let wanted = |index| pages.has(index) && !had.has(index);
+            let wanted = |index| index < end && pages.has(index) && !had.has(index);
             if !(0..BLOCK_PAGES).any(wanted) {
-                return Ok(());
+                return stopped.map_or(Ok(()), Err);
             }
             let mut supplies = self.supplies(region)?;
-            let mut missing = PageSet::EMPTY;
-            (0..BLOCK_PAGES)
-                .filter(|&index| wanted(index))
-                .for_each(|index| missing.insert(index));
-            // Writable and nobody's, so that nothing changes when they are taken. Where that fails,
-            // so does the taking, and says why.
-            let _ = self.fault_in(service, mm, region, &missing, true);
+            if attempt != 0 {
+                // The pages were not there, or not for stores, and the taking saw to that, which is a
+                // change. Now it finds them so.
+                let mut missing = PageSet::EMPTY;
+                let indexes = (0..BLOCK_PAGES).filter(|&index| wanted(index));
+                indexes.for_each(|index| missing.insert(index));
+                let _ = self.fault_in(service, mm, region, &missing, true);
+            }
             let lock = MmapLock::read(mm);
             let taken = self
                 .mirror
                 .make_exclusive(&lock, range.clone(), wanted, &mut service.pfns)
                 .inspect_err(|_| supplies.give_back(&self.gpu.vram))?;
             drop(lock);
+            if let Some(error) = taken.stopped {
+                // Up to here, whatever happens to what is behind.
+                let taken = taken.snapshot.pfns().iter().enumerate();
+                let mut refused = taken.filter(|(index, pfn)| wanted(*index) && !pfn.is_valid());
+                end = refused.next().map_or(end, |(index, _)| index);
+                stopped = Some(error);
+            }
             let Some(mut valid) = taken.snapshot.lock() else {
                 supplies.give_back(&self.gpu.vram);
                 continue;
@@ -162,7 +168,7 @@ impl Space {
             drop(valid);
             supplies.give_back(&self.gpu.vram);
             sent?;
-            return taken.stopped.map_or(Ok(()), Err);
+            return stopped.map_or(Ok(()), Err);
         }
         Err(EBUSY)
     }
