@@ -240,7 +240,7 @@ impl Space {
         };
         let mut flights = Flights::new()?;
         let mut at = range.start;
-        let mut send = || -> Result<bool> {
+        let send = || -> Result<bool> {
             let Some((vma, part)) = next_part(&lock, at, range.end, unmovable, MOST_UP)? else {
                 return Ok(false);
             };
@@ -259,13 +259,7 @@ impl Space {
             }
             Ok(true)
         };
-        let sent = loop {
-            match send() {
-                Ok(true) => {}
-                Ok(false) => break Ok(()),
-                Err(error) => break Err(error),
-            }
-        };
+        let sent = repeat(send);
         // What was sent before an error lands all the same.
         flights.land_all(land).and(sent)
     }
@@ -317,7 +311,7 @@ impl Space {
         };
         let mut flights = Flights::new()?;
         let mut at = range.start;
-        let mut send = || -> Result<bool> {
+        let send = || -> Result<bool> {
             let Some((vma, part)) = next_part(&lock, at, range.end, unmovable, MOST_HOME)? else {
                 return Ok(false);
             };
@@ -334,13 +328,7 @@ impl Space {
             }
             Ok(true)
         };
-        let sent = loop {
-            match send() {
-                Ok(true) => {}
-                Ok(false) => break Ok(()),
-                Err(error) => break Err(error),
-            }
-        };
+        let sent = repeat(send);
         flights.land_all(land).and(sent)?;
         Ok(home)
     }
@@ -420,6 +408,12 @@ fn mapped_end(lock: &MmapLock<'_>, at: usize, end: usize) -> Option<usize> {
         }
     }
     Some(end)
+}
+
+/// Does a step again until it says that there is none left, or fails.
+fn repeat(mut step: impl FnMut() -> Result<bool>) -> Result {
+    while step()? {}
+    Ok(())
 }
 
 /// Batches on their way, in order.
