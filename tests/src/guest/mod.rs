@@ -5,12 +5,13 @@
 //! Cases know the device node and nothing of the host. Programs are helpers for cases of the host:
 //! they say on standard output how far they are, and wait for a line of standard input to go on.
 
-/// Functions of a module as its cases; `seconds` and `gpus` hold for all of them.
+/// Functions of a module as its cases; `seconds` and `gpus` hold for all of them. The name of a group
+/// that belongs to a suite begins with the suite's: `"mm::fork"`.
 macro_rules! group {
-    ($group:ident, gpus $gpus:literal, seconds $seconds:literal: $($case:ident,)*) => {
+    ($group:literal, gpus $gpus:literal, seconds $seconds:literal: $($case:ident,)*) => {
         /// The cases of this group.
         pub(in crate::guest) const CASES: &[crate::guest::Case] = &[$(crate::guest::Case {
-            name: concat!(stringify!($group), "::", stringify!($case)),
+            name: concat!($group, "::", stringify!($case)),
             gpus: $gpus,
             seconds: $seconds,
             run: $case,
@@ -20,6 +21,7 @@ macro_rules! group {
 
 mod call;
 mod cases;
+mod child;
 mod mirror;
 mod oracle;
 mod place;
@@ -35,7 +37,7 @@ pub const VRAM: u64 = 32 << 20;
 /// A test that needs nothing but a guest with a GPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
-    /// `group::thing_condition_result`.
+    /// `group::thing_condition_result`, or `suite::group::thing_condition_result`.
     pub name: &'static str,
     /// How many GPUs it needs. With three the driver has `dmirror=1`.
     pub gpus: u32,
@@ -54,7 +56,7 @@ pub struct Program {
 
 /// All cases.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    cases::GROUPS.iter().copied().flatten()
+    cases::groups().copied().flatten()
 }
 
 /// All programs.

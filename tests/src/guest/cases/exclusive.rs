@@ -2,9 +2,9 @@
 //! Pages in RAM that the GPU has for itself: on request, and because its atomics need them. A CPU that
 //! touches one has it again, and nobody's addition is lost.
 
-use super::fork::code;
 use crate::guest::{
     call::{self, Job},
+    child::code,
     oracle,
     place::{ensure_place, migrate, move_all, state},
 };
@@ -28,7 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-group! { exclusive, gpus 1, seconds 90:
+group! { "exclusive", gpus 1, seconds 90:
     page_taken_on_request_is_the_gpus_until_the_cpu_touches_it,
     pages_in_vram_requested_come_home,
     never_touched_pages_requested_are_zero,

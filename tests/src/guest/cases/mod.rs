@@ -9,11 +9,11 @@ mod dmirror;
 mod eviction;
 mod exclusive;
 mod faults;
-mod fork;
 mod huge_pages;
 mod jobs;
 mod mappings;
 mod migrate;
+mod mm;
 mod owner;
 mod process;
 mod smoke;
@@ -23,7 +23,11 @@ mod unmap;
 use super::Case;
 
 /// All groups.
-pub(super) const GROUPS: &[&[Case]] = &[
+pub(super) fn groups() -> impl Iterator<Item = &'static &'static [Case]> {
+    GROUPS.iter().chain(mm::GROUPS)
+}
+
+const GROUPS: &[&[Case]] = &[
     smoke::CASES,
     faults::CASES,
     bad_memory::CASES,
@@ -33,7 +37,6 @@ pub(super) const GROUPS: &[&[Case]] = &[
     advise::CASES,
     eviction::CASES,
     exclusive::CASES,
-    fork::CASES,
     process::CASES,
     owner::CASES,
     jobs::CASES,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A descriptor belongs to the address space that opened it: in the hands of others it does nothing.
 
-use super::fork::code;
 use crate::guest::{
     call::{Job, ensure_every_call_fails, every_call},
+    child::code,
     oracle, programs,
 };
 use anyhow::{Context, Result, ensure};
@@ -28,7 +28,7 @@ use std::{
     process::Command,
 };
 
-group! { owner, gpus 1, seconds 40:
+group! { "owner", gpus 1, seconds 40:
     owner_may_make_every_call,
     child_after_fork_gets_eperm_from_every_call,
     process_that_was_sent_the_descriptor_gets_eperm_from_every_call,

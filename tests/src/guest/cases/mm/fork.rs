@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Copy-on-write between parent and child, with pages in VRAM or mapped by the GPU.
 
-use crate::guest::{call::Job, oracle, place::move_all};
+use crate::guest::{call::Job, child::code, oracle, place::move_all};
 use anyhow::{Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
@@ -14,7 +14,7 @@ use std::{
     io::{Read, Write},
 };
 
-group! { fork, gpus 1, seconds 60:
+group! { "mm::fork", gpus 1, seconds 60:
     child_reads_and_writes_its_copy_of_pages_in_vram,
     gpu_write_after_fork_does_not_reach_the_child,
     cpu_write_after_fork_is_seen_by_the_gpu,
@@ -43,17 +43,6 @@ fn used_by_the_gpu(gpu: &Gpu, backing: Backing<'_>, place: Place) -> Result<Regi
     move_all(gpu, region, place)?;
     Job::add(region, 0).waves(2).run(gpu)?;
     Ok(region)
-}
-
-/// The code of a child that did what it should, or has said why not.
-pub(super) fn code(result: Result<()>) -> u8 {
-    match result {
-        Ok(()) => 0,
-        Err(error) => {
-            eprintln!("child: {error:?}");
-            1
-        }
-    }
 }
 
 fn child_reads_and_writes_its_copy_of_pages_in_vram() -> Result<()> {
