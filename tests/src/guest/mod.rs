@@ -34,6 +34,14 @@ pub const PROGRAM: &str = "farfault-guest-tests";
 /// VRAM of each GPU that the cases are written for.
 pub const VRAM: u64 = 32 << 20;
 
+/// A line of standard output that begins so says why a case did nothing; the rest is the reason.
+pub const SKIPPED: &str = "skipped: ";
+
+/// Ends a case that the running kernel lacks something for. The harness counts it as skipped.
+pub fn skip(reason: &str) {
+    println!("{SKIPPED}{reason}");
+}
+
 /// A test that needs nothing but a guest with a GPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {

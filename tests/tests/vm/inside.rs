@@ -4,7 +4,7 @@
 
 use super::machines::Machines;
 use anyhow::{Context, Result, ensure};
-use farfault_tests::guest::PROGRAM;
+use farfault_tests::guest::{PROGRAM, SKIPPED};
 use serde::{Deserialize, de::DeserializeOwned};
 use std::{
     thread,
@@ -129,6 +129,13 @@ pub(crate) fn guest(
 ) -> Result<Output> {
     let command = [&[PROGRAM], arguments].concat();
     Ok(vm.run(&command, machines.limit(limit))?.expect_success()?)
+}
+
+/// Why a case of the guest did nothing, if it says so.
+pub(crate) fn skipped(output: &Output) -> Option<String> {
+    let text = output.stdout_text();
+    let reason = text.lines().find_map(|line| line.strip_prefix(SKIPPED))?;
+    Some(reason.to_owned())
 }
 
 /// Starts a program of the guest and waits until it says so.

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 use xtask::{
-    Options, Prepared,
+    Options, Prepared, SKIPPED_CASE,
     vm::{Config, Driver, Vm},
 };
 
@@ -44,6 +44,8 @@ pub(crate) enum After {
 pub(crate) struct Machines {
     prepared: OnceLock<Result<Prepared, String>>,
     state: Mutex<State>,
+    /// Cases that did nothing, and why.
+    skipped: Mutex<Vec<String>>,
 }
 
 #[derive(Default)]
@@ -151,9 +153,17 @@ impl Machines {
         Ok(())
     }
 
-    /// Shuts the last VM down. Fails if that, or anything between cases, went wrong; and if cases are
+    /// Notes that a case did nothing.
+    pub(crate) fn skip(&self, case: &str, reason: &str) {
+        let mut skipped = self.skipped.lock().unwrap_or_else(PoisonError::into_inner);
+        skipped.push(format!("{SKIPPED_CASE}{case}: {reason}"));
+    }
+
+    /// Says what was skipped, and shuts the last VM down. Fails if that, or anything between cases, went wrong; and if cases are
     /// said to have passed without a VM.
     pub(crate) fn finish(&self, passed: u64) -> Result<()> {
+        let skipped = self.skipped.lock().unwrap_or_else(PoisonError::into_inner);
+        skipped.iter().for_each(|line| println!("{line}"));
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, vm)) = state.running.take() {
             state.shut_down(vm);

@@ -9,8 +9,9 @@
 //! | --- | --- |
 //! | `machines` | boots VMs, shares them among cases, checks them after each |
 //! | `inside` | what GPU and driver say about themselves |
-//! | `programs`, `tables`, `lifecycle`, `mirrors`, `loss` | the cases of the host |
+//! | `programs`, `tables`, `lifecycle`, `mirrors`, `injection`, `loss` | the cases of the host |
 
+mod injection;
 mod inside;
 mod lifecycle;
 mod loss;
@@ -38,6 +39,7 @@ fn host_cases() -> impl Iterator<Item = &'static HostCase> {
         tables::CASES,
         lifecycle::CASES,
         mirrors::CASES,
+        injection::CASES,
         loss::CASES,
     ];
     groups.into_iter().flatten()
@@ -56,7 +58,11 @@ fn trials(machines: &Arc<Machines>) -> Vec<Trial> {
     for case in farfault_tests::guest::cases() {
         let run = move |vm: &mut Vm, machines: &Machines| {
             let limit = Duration::from_secs(case.seconds);
-            inside::guest(vm, machines, &[case.name], limit).map(drop)
+            let output = inside::guest(vm, machines, &[case.name], limit)?;
+            if let Some(reason) = inside::skipped(&output) {
+                machines.skip(case.name, &reason);
+            }
+            Ok(())
         };
         add(
             Machine::with_gpus(case.gpus),
