@@ -242,23 +242,35 @@ impl Space {
     ) -> Result {
         let map = self.gpu.pagemap()?;
         let mut next = 0;
+        let mut disturbed = 0;
         while let Some(first) = (next..BLOCK_PAGES).find(|&index| pages.has(index)) {
             let end = (first..BLOCK_PAGES).find(|&index| !pages.has(index));
-            next = end.unwrap_or(BLOCK_PAGES);
+            let end = end.unwrap_or(BLOCK_PAGES);
             // One run at a time: hmm faults in all from the first page that is missing to the end of
             // what it is asked about.
-            let run = region + (first << PAGE_SHIFT)..region + (next << PAGE_SHIFT);
-            service.pfns.fill(HmmPfn::request(true, write));
+            let run = region + (first << PAGE_SHIFT)..region + (end << PAGE_SHIFT);
+            let request = HmmPfn::request(true, write);
+            service.pfns.fill(request);
             let lock = MmapLock::read(mm);
             let owner = map.owner();
             let faulted = self
                 .mirror
                 .range_fault(&lock, run, owner, &mut service.pfns);
-            match faulted {
-                // Whoever comes to look again sees it.
+            next = match faulted {
                 Err(error) if error != EBUSY => return Err(error),
-                _ => {}
-            }
+                // A page that comes by a change of the tables ends the look; those before it are there.
+                Err(_) => {
+                    let there = service.pfns.iter().take(end - first);
+                    let there = there.take_while(|&&pfn| pfn != request).count();
+                    disturbed += usize::from(there == 0);
+                    if disturbed >= ATTEMPTS {
+                        // Whoever comes to look again sees it.
+                        return Ok(());
+                    }
+                    first + there
+                }
+                Ok(_) => end,
+            };
         }
         Ok(())
     }

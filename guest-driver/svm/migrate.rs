@@ -245,8 +245,10 @@ impl Space {
                 return Ok(false);
             };
             at = part.end;
-            // Of a private mapping of a file, the pages that were written can move.
-            let movable = vma.is_anonymous() || (asked && !vma.is_shared());
+            // Of a private mapping of a file, the pages that were written can move. Of a shared one,
+            // none can, which mm finds out for those who are to see it try.
+            let tries = !vma.is_shared() || unmovable == Unmovable::Refuse;
+            let movable = vma.is_anonymous() || (asked && tries);
             if !(movable && vma.is_readable() && vma.can_migrate()) {
                 return Ok(true);
             }
