@@ -6,7 +6,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use commands::{bench, boot, compare, demo, doctor, hmm_tests, test};
+use commands::{bench, boot, compare, demo, doctor, fuzz, hmm_tests, test};
 use xtask::{Options, Paths, Prepared, build, setup};
 
 /// Sets up, boots and tests Farfault. A first run fetches what it needs; later ones take what is there.
@@ -31,6 +31,8 @@ enum Command {
     HmmTests(hmm_tests::Arguments),
     /// Compare the kernel's mock device and Farfault's nodes, call by call
     HmmCompare(compare::Arguments),
+    /// Run the device's fuzz targets under cargo-fuzz
+    Fuzz(fuzz::Arguments),
     /// Measure, and print what was measured
     Bench(bench::Arguments),
     /// Say what is missing here, and the command that mends it
@@ -67,6 +69,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Boot(arguments) => boot::run(options, arguments),
         Command::HmmTests(arguments) => hmm_tests::run(options, arguments),
         Command::HmmCompare(arguments) => compare::run(options, arguments),
+        Command::Fuzz(arguments) => fuzz::run(options, arguments),
         Command::Bench(arguments) => bench::run(options, arguments),
         Command::Doctor => doctor::run(options),
         Command::Setup => {

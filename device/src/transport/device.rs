@@ -245,7 +245,7 @@ impl Device {
     }
 
     /// Copies something out of the GPU.
-    fn look<R>(&self, at: impl FnOnce(&Gpu) -> R) -> R {
+    pub(super) fn look<R>(&self, at: impl FnOnce(&Gpu) -> R) -> R {
         at(&self.state.lock().queues.gpu)
     }
 
@@ -266,6 +266,19 @@ impl Device {
                     self.work.wait(&mut state);
                 }
             }
+        }
+    }
+
+    /// Does one thing that a worker would do; whether there was one. For a device without workers.
+    pub(super) fn work_once(&self) -> bool {
+        let mut state = self.state.lock();
+        match state.queues.take_up() {
+            Some(index) => {
+                drop(state);
+                self.serve(index);
+                true
+            }
+            None => self.work_round(state).is_ok(),
         }
     }
 

@@ -10,12 +10,14 @@
 //! | `device` | the lock, the threads, waiting for quiet | descriptors, vhost-user |
 //! | `backend` | what the front end may ask | the GPU's inside |
 //! | `session` | one front end, from its connection to its end | everything above but `device` |
+//! | `local` | a front end without a socket, for tests | sockets, threads |
 //!
 //! The GPU never calls into this module: it is asked for work, events and completions.
 
 mod backend;
 mod chain;
 mod device;
+pub mod local;
 mod queues;
 mod ring;
 mod session;

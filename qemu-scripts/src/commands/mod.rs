@@ -6,6 +6,7 @@ pub(crate) mod boot;
 pub(crate) mod compare;
 pub(crate) mod demo;
 pub(crate) mod doctor;
+pub(crate) mod fuzz;
 pub(crate) mod hmm_tests;
 pub(crate) mod test;
 
