@@ -15,6 +15,7 @@ mod prepared;
 pub mod process;
 pub mod progress;
 pub mod setup;
+mod test_options;
 pub mod versions;
 pub mod vm;
 
@@ -22,6 +23,7 @@ pub use error::{Error, Result};
 pub use options::{AccelChoice, KernelChoice, Options, ToolboxChoice};
 pub use paths::Paths;
 pub use prepared::Prepared;
+pub use test_options::{TestOptions, TestSuite};
 
 /// How the VM tests begin the line of a case that the running kernel lacks something for. It passed, as far
 /// as their test program knows; `cargo xtask test` counts it as skipped.

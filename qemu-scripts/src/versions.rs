@@ -20,6 +20,7 @@ pub struct Versions {
     pub toolbox: Toolbox,
     pub kernel: Kernel,
     pub debug_kernel: DebugKernel,
+    pub disks: Disks,
     pub space: Space,
 }
 
@@ -64,6 +65,15 @@ pub struct DebugKernel {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "the file itself explains each entry")]
+pub struct Disks {
+    pub packages: Vec<String>,
+    pub modules: Vec<String>,
+    pub needed_mib: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the file itself explains each entry")]
 pub struct Space {
     pub needed_mib: u64,
 }
@@ -86,6 +96,12 @@ mod tests {
             kernel
                 .packages
                 .contains(&format!("linux-source-{}", kernel.series))
+        );
+        assert!(
+            VERSIONS
+                .disks
+                .packages
+                .contains(&format!("linux-modules-{}", kernel.release))
         );
     }
 }

@@ -19,7 +19,7 @@ pub use suite::{PROGRAM as SUITE_PROGRAM, Suite, suite};
 
 use crate::{
     Paths, Result,
-    setup::{Lock, Setup},
+    setup::{Disks, Lock, Setup},
 };
 
 /// What a VM is made of.
@@ -29,6 +29,8 @@ pub struct Artifacts {
     pub device: PathBuf,
     /// Driver and guest programs, with the init that starts them.
     pub initramfs: PathBuf,
+    /// An empty ext4, for VMs with disks.
+    pub file_system: Option<PathBuf>,
 }
 
 /// What the guest has beside driver and programs.
@@ -38,6 +40,8 @@ pub enum Extra {
     None,
     /// The kernel's own selftests for HMM, and their mock device.
     Suite,
+    /// The kernel's own modules for disks; and there is a file system to put on one.
+    Disks,
 }
 
 /// Builds all of it.
@@ -49,8 +53,16 @@ pub fn all(paths: &Paths, setup: &Setup, extra: Extra) -> Result<Artifacts> {
     let device = device(paths)?;
     let mut modules = vec![module(paths, setup)?];
     let mut programs = guest_programs(paths, setup)?;
+    let mut disks = None;
     let name = match extra {
         Extra::None => "initramfs",
+        Extra::Disks => {
+            disks = Disks::ensure(paths, setup)?;
+            if let Some(disks) = &disks {
+                modules.extend(disks.modules(&setup.kernel)?);
+            }
+            "initramfs-with-disks"
+        }
         Extra::Suite => {
             let suite = suite(paths, setup)?;
             modules.push(suite.module);
@@ -59,5 +71,9 @@ pub fn all(paths: &Paths, setup: &Setup, extra: Extra) -> Result<Artifacts> {
         }
     };
     let initramfs = initramfs(paths, setup, name, &modules, &programs)?;
-    Ok(Artifacts { device, initramfs })
+    Ok(Artifacts {
+        device,
+        initramfs,
+        file_system: disks.map(|disks| disks.file_system()),
+    })
 }

@@ -14,7 +14,7 @@ use xtask::{
 
 /// Its largest test moves 256 MiB, in huge pages or in small ones.
 const VRAM: &str = "1G";
-const MEMORY: &str = "4G";
+const MEMORY_MIB: u32 = 4096;
 /// Tests of the suite take up to 30 s each before its harness ends them; all of them together are far below this.
 const LIMIT: Duration = Duration::from_secs(1200);
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
@@ -61,7 +61,7 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
         name: SUITE_PROGRAM.to_owned(),
         gpus: 2,
         vram: VRAM.to_owned(),
-        memory: MEMORY.to_owned(),
+        memory_mib: MEMORY_MIB,
         driver: Driver::Load(vec!["dmirror=1".to_owned()]),
         repeat: Some("cargo xtask hmm-tests, with the same options".to_owned()),
         ..Config::default()

@@ -8,7 +8,8 @@ use std::{
 
 use anyhow::{Context, bail};
 use xtask::{
-    Options, Paths, Prepared, SKIPPED_CASE,
+    Options, Paths, Prepared, SKIPPED_CASE, TestOptions,
+    build::Extra,
     process::{bound, spawn},
 };
 
@@ -20,11 +21,13 @@ pub(crate) struct Arguments {
     /// Only tests whose name contains this
     filter: Option<String>,
     /// Only tests that need no VM
-    #[arg(long, conflicts_with = "vm_only")]
+    #[arg(long, conflicts_with_all = ["vm_only", "suite"])]
     host_only: bool,
     /// Only tests that boot a VM
     #[arg(long)]
     vm_only: bool,
+    #[command(flatten)]
+    tests: TestOptions,
     /// Further arguments for the test programs (see `-- --help`)
     #[arg(last = true)]
     more: Vec<String>,
@@ -39,20 +42,24 @@ struct Counts {
 
 pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut counts = Counts::default();
-    if !arguments.vm_only {
+    // Suites are of VM tests alone.
+    if !arguments.vm_only && arguments.tests.suite.is_none() {
         let mut command = cargo_test(&Paths::new(options)?);
         command.arg("--workspace");
         counts.add(run_tests(with_filter(command, arguments))?);
     }
     if !arguments.host_only {
-        let prepared = Prepared::new(options)?;
+        let prepared = Prepared::with(options, Extra::Disks)?;
         let mut command = cargo_test(&prepared.paths);
-        command.args(VM_TESTS).envs(options.to_env());
+        command
+            .args(VM_TESTS)
+            .envs(options.to_env())
+            .envs(arguments.tests.to_env());
         counts.add(run_tests(with_filter(command, arguments))?);
     }
     if counts == Counts::default() {
         bail!(
-            "no test has this in its name: {}",
+            "no test that was asked for has this in its name: {}",
             arguments.filter.as_deref().unwrap_or("(no filter)")
         );
     }

@@ -3,6 +3,7 @@
 
 mod apt;
 mod debug;
+mod disks;
 pub(crate) mod kernel;
 mod step;
 pub mod toolbox;
@@ -12,6 +13,7 @@ use std::path::Path;
 pub use kernel::Kernel;
 pub use toolbox::Toolbox;
 
+pub(crate) use disks::Disks;
 pub(crate) use step::{Lock, Step};
 
 use debug::{Debug, Need};

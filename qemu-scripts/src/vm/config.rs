@@ -16,14 +16,18 @@ pub struct Config {
     pub vram: String,
     /// Further arguments for the devices.
     pub device_args: Vec<String>,
-    /// RAM, as QEMU reads it.
-    pub memory: String,
+    /// RAM, in MiB.
+    pub memory_mib: u32,
     /// Virtual CPUs. More than the host has makes an emulated VM slower.
     pub cpus: u32,
     /// The driver.
     pub driver: Driver,
     /// Free slots for hot-plug.
     pub spare_slots: usize,
+    /// Two disks: `vda` with an empty ext4, `vdb` with nothing. Needs [`Extra::Disks`](crate::build::Extra::Disks).
+    pub disks: bool,
+    /// NUMA nodes, among which RAM and CPUs are divided.
+    pub numa_nodes: u32,
     /// Further words for the kernel's command line.
     pub kernel_args: Vec<String>,
     /// How long it may take until the guest is up; a kernel that is slow has more.
@@ -52,10 +56,12 @@ impl Default for Config {
             gpus: 1,
             vram: "1G".to_owned(),
             device_args: Vec::new(),
-            memory: "2G".to_owned(),
+            memory_mib: 2048,
             cpus: 2,
             driver: Driver::Load(Vec::new()),
             spare_slots: 0,
+            disks: false,
+            numa_nodes: 1,
             kernel_args: Vec::new(),
             boot_limit: Duration::from_secs(120),
             known_reports: &[],

@@ -9,6 +9,7 @@ mod agent;
 mod attached;
 mod config;
 mod console;
+mod disks;
 mod gpu;
 mod qemu;
 mod qmp;
@@ -119,20 +120,18 @@ impl Vm {
             qmp: &qmp_path,
         };
         let line = command_line(&Spec {
-            qemu: prepared.setup.toolbox.qemu(),
-            accel: prepared.accel,
-            memory: &config.memory,
-            cpus: config.cpus,
-            kernel: &prepared.setup.kernel.image,
-            initramfs: &prepared.artifacts.initramfs,
-            kernel_args: &config.kernel_args(&prepared.setup.kernel),
             host,
             gpus: gpus
                 .iter()
                 .flatten()
                 .map(|gpu| gpu.socket().to_path_buf())
                 .collect(),
-            spare_slots: config.spare_slots,
+            disks: disks::files(prepared, config, &folder)?,
+            ..spec(
+                prepared,
+                config,
+                &config.kernel_args(&prepared.setup.kernel),
+            )
         });
         let mut qemu = Qemu::start(&line, log)?;
         let slowness = prepared.setup.kernel.slowness;
@@ -184,16 +183,12 @@ impl Vm {
             gpus.push(socket);
         }
         let line = command_line(&Spec {
-            qemu: prepared.setup.toolbox.qemu(),
-            accel: prepared.accel,
-            memory: &config.memory,
-            cpus: config.cpus,
-            kernel: &prepared.setup.kernel.image,
-            initramfs: &prepared.artifacts.initramfs,
-            kernel_args: &config.kernel_args(&prepared.setup.kernel),
-            host: Host::Person,
             gpus,
-            spare_slots: config.spare_slots,
+            ..spec(
+                prepared,
+                config,
+                &config.kernel_args(&prepared.setup.kernel),
+            )
         });
         lines.push(quoted(&line));
         lines
@@ -416,6 +411,12 @@ impl Vm {
                 .expect_success()
                 .map_err(|error| self.explain(error))?;
         }
+        if self.config.disks {
+            let argv = ["sh", "-ec", disks::LOAD_MODULES];
+            self.run(&argv, self.limit(LOAD_LIMIT))?
+                .expect_success()
+                .map_err(|error| self.explain(error))?;
+        }
         Ok(())
     }
 
@@ -442,6 +443,24 @@ impl Vm {
             what: error.to_string(),
             details,
         }
+    }
+}
+
+/// What the command line has of preparation and configuration; for a person, and without GPUs and disks.
+fn spec<'a>(prepared: &'a Prepared, config: &Config, kernel_args: &'a [String]) -> Spec<'a> {
+    Spec {
+        qemu: prepared.setup.toolbox.qemu(),
+        accel: prepared.accel,
+        memory_mib: config.memory_mib,
+        cpus: config.cpus,
+        kernel: &prepared.setup.kernel.image,
+        initramfs: &prepared.artifacts.initramfs,
+        kernel_args,
+        host: Host::Person,
+        gpus: Vec::new(),
+        spare_slots: config.spare_slots,
+        disks: Vec::new(),
+        numa_nodes: config.numa_nodes,
     }
 }
 

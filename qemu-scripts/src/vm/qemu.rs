@@ -29,8 +29,7 @@ pub(crate) struct Spec<'a> {
     /// Program and first arguments of QEMU.
     pub(crate) qemu: Vec<OsString>,
     pub(crate) accel: Accel,
-    /// RAM as QEMU reads it: `2G`.
-    pub(crate) memory: &'a str,
+    pub(crate) memory_mib: u32,
     pub(crate) cpus: u32,
     pub(crate) kernel: &'a Path,
     pub(crate) initramfs: &'a Path,
@@ -40,6 +39,9 @@ pub(crate) struct Spec<'a> {
     pub(crate) gpus: Vec<PathBuf>,
     /// Root ports beside those of the GPUs.
     pub(crate) spare_slots: usize,
+    /// Files of disks, in the order of their names in the guest.
+    pub(crate) disks: Vec<PathBuf>,
+    pub(crate) numa_nodes: u32,
 }
 
 /// Who is at the other end of the VM.
@@ -64,14 +66,8 @@ pub(crate) fn command_line(spec: &Spec<'_>) -> Vec<OsString> {
     line.add("-display", "none");
     line.add("-accel", spec.accel.argument());
     line.add("-cpu", "max");
-    line.add("-smp", spec.cpus.to_string());
-    line.add("-m", spec.memory);
-    // The GPU maps the guest's RAM, so it must be a file that can be shared.
-    line.add(
-        "-object",
-        format!("memory-backend-memfd,id=ram,size={},share=on", spec.memory),
-    );
-    line.add("-machine", "q35,memory-backend=ram");
+    line.add("-m", format!("{}M", spec.memory_mib));
+    add_nodes(&mut line, spec);
     // ACPI hot-plug cannot remove a vhost-user device whose driver is bound; PCIe's own can.
     line.add(
         "-global",
@@ -99,6 +95,7 @@ pub(crate) fn command_line(spec: &Spec<'_>) -> Vec<OsString> {
         }
         Host::Person => line.add("-serial", "mon:stdio"),
     }
+    add_disks(&mut line, spec);
     for slot in 0..spec.gpus.len() + spec.spare_slots {
         line.add(
             "-device",
@@ -118,6 +115,34 @@ pub(crate) fn command_line(spec: &Spec<'_>) -> Vec<OsString> {
         line.add("-device", format!("{GPU_DRIVER}{properties}"));
     }
     line.0
+}
+
+/// CPUs, RAM, and the nodes that they belong to. The GPU maps it, so it must be a file that can be shared.
+fn add_nodes(line: &mut Line, spec: &Spec<'_>) {
+    let ram = |id: &str, mib: u32| format!("memory-backend-memfd,id={id},size={mib}M,share=on");
+    if spec.numa_nodes < 2 {
+        line.add("-smp", spec.cpus.to_string());
+        line.add("-object", ram("ram", spec.memory_mib));
+        line.add("-machine", "q35,memory-backend=ram");
+        return;
+    }
+    // The kernel does not expect two nodes in one socket.
+    line.add("-smp", format!("{},sockets={}", spec.cpus, spec.numa_nodes));
+    line.add("-machine", "q35");
+    for node in 0..spec.numa_nodes {
+        let id = format!("ram{node}");
+        line.add("-object", ram(&id, spec.memory_mib / spec.numa_nodes));
+        line.add("-numa", format!("node,nodeid={node},memdev={id}"));
+        line.add("-numa", format!("cpu,node-id={node},socket-id={node}"));
+    }
+}
+
+fn add_disks(line: &mut Line, spec: &Spec<'_>) {
+    for (index, file) in spec.disks.iter().enumerate() {
+        let drive = format!("if=none,id=disk{index},format=raw,cache=unsafe,discard=unmap,file=");
+        line.add("-drive", with_path(&drive, file));
+        line.add("-device", format!("virtio-blk-pci,drive=disk{index}"));
+    }
 }
 
 /// QEMU's name for a vhost-user device of any type.
@@ -208,7 +233,7 @@ mod tests {
         let spec = Spec {
             qemu: vec!["qemu".into()],
             accel: Accel::Tcg,
-            memory: "2G",
+            memory_mib: 2048,
             cpus: 2,
             kernel: Path::new("/k"),
             initramfs: Path::new("/i"),
@@ -218,6 +243,8 @@ mod tests {
                 .map(|index| format!("/s/gpu{index}").into())
                 .collect(),
             spare_slots,
+            disks: Vec::new(),
+            numa_nodes: 1,
         };
         command_line(&spec)
             .into_iter()
@@ -251,7 +278,7 @@ mod tests {
     fn command_line_for_the_harness_shares_memory_and_starts_the_agent() {
         let line = line(harness(), 0, 0);
         assert_eq!(
-            count(&line, "memory-backend-memfd,id=ram,size=2G,share=on"),
+            count(&line, "memory-backend-memfd,id=ram,size=2048M,share=on"),
             1
         );
         assert_eq!(count(&line, "farfault_init.mode=agent debug"), 1);

@@ -5,14 +5,16 @@
 //! Cases know the device node and nothing of the host. Programs are helpers for cases of the host:
 //! they say on standard output how far they are, and wait for a line of standard input to go on.
 
-/// Functions of a module as its cases; `seconds` and `gpus` hold for all of them. The name of a group
+/// Functions of a module as its cases; machine and `seconds` hold for all of them. The name of a group
 /// that belongs to a suite begins with the suite's: `"mm::fork"`.
 macro_rules! group {
-    ($group:literal, gpus $gpus:literal, seconds $seconds:literal: $($case:ident,)*) => {
+    // The machine with one GPU is what most want.
+    ($group:literal, gpus 1, $($rest:tt)*) => { group! { $group, on Small, $($rest)* } };
+    ($group:literal, on $machine:ident, seconds $seconds:literal: $($case:ident,)*) => {
         /// The cases of this group.
         pub(in crate::guest) const CASES: &[crate::guest::Case] = &[$(crate::guest::Case {
             name: concat!($group, "::", stringify!($case)),
-            gpus: $gpus,
+            machine: crate::guest::Machine::$machine,
             seconds: $seconds,
             run: $case,
         },)*];
@@ -22,10 +24,14 @@ macro_rules! group {
 mod call;
 mod cases;
 mod child;
+mod machine;
 mod mirror;
 mod oracle;
 mod place;
 pub mod programs;
+pub mod settings;
+
+pub use machine::Machine;
 
 use std::process::ExitCode;
 
@@ -47,8 +53,8 @@ pub fn skip(reason: &str) {
 pub struct Case {
     /// `group::thing_condition_result`, or `suite::group::thing_condition_result`.
     pub name: &'static str,
-    /// How many GPUs it needs. With three the driver has `dmirror=1`.
-    pub gpus: u32,
+    /// What it runs on.
+    pub machine: Machine,
     /// How long it may take, on a slow machine.
     pub seconds: u64,
     run: fn() -> anyhow::Result<()>,
@@ -72,9 +78,16 @@ pub fn programs() -> impl Iterator<Item = &'static Program> {
     programs::PROGRAMS.iter()
 }
 
-/// `farfault-guest-tests NAME [ARGUMENT…]` or `farfault-guest-tests --list`.
+/// `farfault-guest-tests [--seed N] [--minutes N] NAME [ARGUMENT…]` or `farfault-guest-tests --list`.
 pub fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments = match settings::take(&arguments) {
+        Ok(rest) => rest,
+        Err(error) => {
+            eprintln!("{PROGRAM}: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
     let Some((name, arguments)) = arguments.split_first() else {
         eprintln!("{PROGRAM}: name a case or a program; --list shows them");
         return ExitCode::from(2);
@@ -98,6 +111,9 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{name}: {error:?}");
+            if let Some(seed) = settings::used_seed() {
+                eprintln!("the seed was {seed}");
+            }
             ExitCode::FAILURE
         }
     }

@@ -6,11 +6,11 @@
 use super::{
     HostCase,
     inside::{guest, shell},
-    machines::{After, Machine, Machines},
+    machines::{After, Machines},
 };
 use anyhow::{Result, ensure};
 use farfault_tests::guest::{
-    PROGRAM,
+    Machine, PROGRAM,
     programs::{EVICT_FOR_EVER, FAULT_FOR_EVER, MIGRATE_FOR_EVER},
 };
 use std::time::Duration;

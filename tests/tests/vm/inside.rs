@@ -120,6 +120,16 @@ pub(crate) fn ensure_nothing_left(vm: &mut Vm, gpus: usize) -> Result<()> {
     }
 }
 
+/// The command line of a case or program of the guest.
+pub(crate) fn command(machines: &Machines, arguments: &[&str]) -> Vec<String> {
+    let arguments = arguments.iter().map(|argument| (*argument).to_owned());
+    [PROGRAM.to_owned()]
+        .into_iter()
+        .chain(machines.settings())
+        .chain(arguments)
+        .collect()
+}
+
 /// Runs a case or program of the guest; it must succeed.
 pub(crate) fn guest(
     vm: &mut Vm,
@@ -127,8 +137,10 @@ pub(crate) fn guest(
     arguments: &[&str],
     limit: Duration,
 ) -> Result<Output> {
-    let command = [&[PROGRAM], arguments].concat();
-    Ok(vm.run(&command, machines.limit(limit))?.expect_success()?)
+    let limit = machines.limit(limit) + machines.minutes();
+    Ok(vm
+        .run(&command(machines, arguments), limit)?
+        .expect_success()?)
 }
 
 /// Why a case of the guest did nothing, if it says so.
@@ -145,7 +157,7 @@ pub(crate) fn start(
     program: &str,
     word: &str,
 ) -> Result<GuestProcess> {
-    let process = vm.spawn(&[PROGRAM, program])?;
+    let process = vm.spawn(&command(machines, &[program]))?;
     process.wait_for(word, machines.limit(COMMAND))?;
     Ok(process)
 }

@@ -5,12 +5,15 @@
 use super::{
     HostCase,
     inside::{go_on, guest, shell, start},
-    machines::{After, Machine, Machines},
+    machines::{After, Machines},
 };
 use anyhow::{Result, ensure};
-use farfault_tests::guest::programs::{
-    DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_CLOSED, HOLD_OPEN, LOSE_DRIVER, MIGRATE_FOR_EVER,
-    READY,
+use farfault_tests::guest::{
+    Machine,
+    programs::{
+        DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_CLOSED, HOLD_OPEN, LOSE_DRIVER,
+        MIGRATE_FOR_EVER, READY,
+    },
 };
 use std::{thread, time::Duration};
 use xtask::vm::Vm;

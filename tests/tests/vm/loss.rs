@@ -7,10 +7,13 @@
 use super::{
     HostCase,
     inside::{go_on, start},
-    machines::{After, Machine, Machines},
+    machines::{After, Machines},
 };
 use anyhow::{Result, ensure};
-use farfault_tests::guest::programs::{DONE, LOSE_DEVICE, READY};
+use farfault_tests::guest::{
+    Machine,
+    programs::{DONE, LOSE_DEVICE, READY},
+};
 use std::time::Duration;
 use xtask::vm::Vm;
 

@@ -10,25 +10,17 @@
 
 use super::inside;
 use anyhow::{Context, Result, bail};
+use farfault_tests::guest::{Machine, VRAM};
 use std::{
+    hash::{BuildHasher, Hasher, RandomState},
     sync::{Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 use xtask::{
-    Options, Prepared, SKIPPED_CASE,
+    KernelChoice, Options, Prepared, SKIPPED_CASE, TestOptions, TestSuite,
+    build::Extra,
     vm::{Config, Driver, Vm},
 };
-
-/// What a case runs on. Each GPU has [`farfault_tests::guest::VRAM`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Machine {
-    /// One GPU.
-    Small,
-    /// Two of them.
-    TwoGpus,
-    /// Three of them, the driver with `dmirror=1`.
-    Mirrors,
-}
 
 /// What becomes of a VM when the case went well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,8 +32,10 @@ pub(crate) enum After {
 }
 
 /// The VM of the last case, and what is needed to boot another.
-#[derive(Default)]
 pub(crate) struct Machines {
+    options: Options,
+    tests: TestOptions,
+    seed: u64,
     prepared: OnceLock<Result<Prepared, String>>,
     state: Mutex<State>,
     /// Cases that did nothing, and why.
@@ -56,52 +50,103 @@ struct State {
     trouble: Vec<String>,
 }
 
-impl Machine {
-    pub(crate) fn with_gpus(gpus: u32) -> Self {
-        match gpus {
-            1 => Self::Small,
-            2 => Self::TwoGpus,
-            _ => Self::Mirrors,
-        }
-    }
-
-    pub(crate) fn gpus(self) -> usize {
-        match self {
-            Self::Small => 1,
-            Self::TwoGpus => 2,
-            Self::Mirrors => 3,
-        }
-    }
-
-    /// The driver's parameters.
-    pub(crate) fn parameters(self) -> &'static [&'static str] {
-        match self {
-            Self::Small | Self::TwoGpus => &[],
-            Self::Mirrors => &["dmirror=1"],
-        }
-    }
-
-    fn config(self) -> Config {
-        Config {
-            // The console says which cases ran: their programs write that to the kernel's log.
-            name: format!("{}-gpu", self.gpus()),
-            repeat: Some("cargo xtask test NAME, with the name of the test that failed".to_owned()),
-            gpus: self.gpus(),
-            vram: farfault_tests::guest::VRAM.to_string(),
-            memory: "1G".to_owned(),
-            driver: Driver::Load(self.parameters().iter().map(ToString::to_string).collect()),
-            ..Config::default()
-        }
+/// The driver's parameters on a machine.
+pub(crate) fn parameters(machine: Machine) -> &'static [&'static str] {
+    match machine {
+        Machine::Mirrors => &["dmirror=1"],
+        _ => &[],
     }
 }
 
+/// Half of the second node is for what can be moved, and there is memory for CMA, of which one allocation is enough.
+const NUMA_ARGUMENTS: [&str; 2] = ["movablecore=256M", "cma=64M"];
+
 impl Machines {
+    /// None boots yet.
+    pub(crate) fn from_env() -> Result<Self, String> {
+        let options = Options::from_env().map_err(|error| error.to_string())?;
+        let tests = TestOptions::from_env().map_err(|error| error.to_string())?;
+        // Numbers that are easy to type.
+        let drawn = || RandomState::new().build_hasher().finish() % 1_000_000;
+        Ok(Self {
+            options,
+            seed: tests.seed.unwrap_or_else(drawn),
+            tests,
+            prepared: OnceLock::new(),
+            state: Mutex::default(),
+            skipped: Mutex::default(),
+        })
+    }
+
+    /// Does this run want the case of this name?
+    pub(crate) fn are_asked_for(&self, case: &str) -> bool {
+        self.tests.suite.unwrap_or(TestSuite::All).has(case)
+    }
+
+    pub(crate) fn seed_told(&self) -> String {
+        format!("seed of random tests: {}", self.seed)
+    }
+
+    /// The command that runs a case again as it ran here.
+    pub(crate) fn repeat(&self, case: &str) -> String {
+        let mut command = format!("cargo xtask test {case} --vm-only --seed {}", self.seed);
+        if let Some(minutes) = self.tests.minutes {
+            command += &format!(" --minutes {minutes}");
+        }
+        match &self.options.kernel {
+            KernelChoice::Stock => {}
+            KernelChoice::Debug => command += " --kernel debug",
+            KernelChoice::Folder(folder) => command += &format!(" --kernel {}", folder.display()),
+        }
+        command
+    }
+
+    /// What programs of the guest are told of this run, before their name.
+    pub(crate) fn settings(&self) -> Vec<String> {
+        let mut settings = vec!["--seed".to_owned(), self.seed.to_string()];
+        if let Some(minutes) = self.tests.minutes {
+            settings.extend(["--minutes".to_owned(), minutes.to_string()]);
+        }
+        settings
+    }
+
+    /// How much longer than its limit a case may take that was asked to go on.
+    pub(crate) fn minutes(&self) -> Duration {
+        Duration::from_secs(self.tests.minutes.unwrap_or(0) * 60)
+    }
+
+    fn config(&self, machine: Machine) -> Config {
+        let mut config = Config {
+            // The console says which cases ran: their programs write that to the kernel's log.
+            name: format!("{machine:?}"),
+            repeat: Some(self.repeat("NAME") + ", with the name of the test that failed"),
+            gpus: machine.gpus(),
+            vram: VRAM.to_string(),
+            memory_mib: 1024,
+            driver: Driver::Load(
+                parameters(machine)
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect(),
+            ),
+            ..Config::default()
+        };
+        match machine {
+            Machine::Small | Machine::TwoGpus | Machine::Mirrors | Machine::EightGpus => {}
+            Machine::Disk => config.disks = true,
+            Machine::Numa => {
+                config.numa_nodes = 2;
+                config.kernel_args = NUMA_ARGUMENTS.map(str::to_owned).to_vec();
+            }
+            Machine::HotPlug => config.spare_slots = 1,
+        }
+        config
+    }
+
     /// Tools, kernel, driver and programs, made or found once.
     fn prepared(&self) -> Result<&Prepared> {
-        let prepare = || {
-            let options = Options::from_env().map_err(|error| error.to_string())?;
-            Prepared::new(&options).map_err(|error| error.to_string())
-        };
+        let prepare =
+            || Prepared::with(&self.options, Extra::Disks).map_err(|error| error.to_string());
         let prepared = self.prepared.get_or_init(prepare);
         prepared
             .as_ref()
@@ -134,7 +179,7 @@ impl Machines {
         };
         let mut vm = match last {
             Some(vm) => vm,
-            None => Vm::boot(self.prepared()?, &machine.config()).context("booting a VM")?,
+            None => Vm::boot(self.prepared()?, &self.config(machine)).context("booting a VM")?,
         };
         state.cases_run += 1;
         // From here on an error, or a panic, drops the VM: that ends it and keeps its logs.

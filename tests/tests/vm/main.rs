@@ -3,7 +3,8 @@
 //!
 //! The command line is libtest's, so a filter, `--list`, `--exact` and cargo-nextest work. Each case
 //! is a test of its own: those of the guest (`farfault_tests::guest`) and those here, in which the
-//! host takes part.
+//! host takes part. `FARFAULT_SUITE`, `FARFAULT_SEED` and `FARFAULT_MINUTES` are what `cargo xtask test` has as
+//! options. A process of some cases shares VMs among them, a process of one boots its own.
 //!
 //! | module | what it does |
 //! | --- | --- |
@@ -20,8 +21,9 @@ mod mirrors;
 mod programs;
 mod tables;
 
+use farfault_tests::guest::Machine;
 use libtest_mimic::{Arguments, Failed, Trial};
-use machines::{After, Machine, Machines};
+use machines::{After, Machines};
 use std::{process::ExitCode, sync::Arc, time::Duration};
 use xtask::vm::Vm;
 
@@ -48,10 +50,16 @@ fn host_cases() -> impl Iterator<Item = &'static HostCase> {
 fn trials(machines: &Arc<Machines>) -> Vec<Trial> {
     let mut trials = Vec::new();
     let mut add = |machine, name: &'static str, after, run: Body| {
+        if !machines.are_asked_for(name) {
+            return;
+        }
         let machines = Arc::clone(machines);
         let test = move || {
             let result = machines.run(machine, after, |vm| run(vm, &machines));
-            result.map_err(|error| Failed::from(format!("{error:?}")))
+            result.map_err(|error| {
+                let repeat = machines.repeat(name);
+                Failed::from(format!("{error:?}\nrun it again with: {repeat}"))
+            })
         };
         trials.push((machine, Trial::test(name, test)));
     };
@@ -64,12 +72,7 @@ fn trials(machines: &Arc<Machines>) -> Vec<Trial> {
             }
             Ok(())
         };
-        add(
-            Machine::with_gpus(case.gpus),
-            case.name,
-            After::Keep,
-            Box::new(run),
-        );
+        add(case.machine, case.name, After::Keep, Box::new(run));
     }
     for case in host_cases() {
         add(case.machine, case.name, case.after, Box::new(case.run));
@@ -85,7 +88,16 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // More than one VM at a time would only make all of them slow.
     arguments.test_threads.get_or_insert(1);
-    let machines = Arc::new(Machines::default());
+    let machines = match Machines::from_env() {
+        Ok(machines) => Arc::new(machines),
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    if !arguments.list {
+        eprintln!("{}", machines.seed_told());
+    }
     let conclusion = libtest_mimic::run(&arguments, trials(&machines));
     match machines.finish(conclusion.num_passed) {
         Ok(()) => conclusion.exit_code(),

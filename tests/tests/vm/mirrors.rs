@@ -4,10 +4,13 @@
 use super::{
     HostCase,
     inside::{go_on, guest, shell, start},
-    machines::{After, Machine, Machines},
+    machines::{After, Machines},
 };
 use anyhow::{Result, ensure};
-use farfault_tests::guest::programs::{DONE, HOLD_MIRRORS, LOSE_MIRROR, READY};
+use farfault_tests::guest::{
+    Machine,
+    programs::{DONE, HOLD_MIRRORS, LOSE_MIRROR, READY},
+};
 use std::time::Duration;
 use xtask::vm::Vm;
 

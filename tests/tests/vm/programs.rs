@@ -4,10 +4,11 @@
 use super::{
     HostCase,
     inside::guest,
-    machines::{After, Machine, Machines},
+    machines::{After, Machines},
 };
 use anyhow::{Context, Result, ensure};
 use farfault_tests::guest;
+use farfault_tests::guest::Machine;
 use std::time::Duration;
 use xtask::vm::Vm;
 

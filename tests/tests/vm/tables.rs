@@ -5,10 +5,13 @@
 use super::{
     HostCase,
     inside::{self, Aperture, Mapping},
-    machines::{After, Machine, Machines},
+    machines::{After, Machines},
 };
 use anyhow::{Context, Result, ensure};
-use farfault_tests::guest::programs::{HOLD_PAGES, MappedPage, READY, Report};
+use farfault_tests::guest::{
+    Machine,
+    programs::{HOLD_PAGES, MappedPage, READY, Report},
+};
 use std::{collections::BTreeMap, time::Duration};
 use xtask::vm::Vm;
 

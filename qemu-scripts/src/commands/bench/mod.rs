@@ -24,7 +24,7 @@ use crate::commands::VmArguments;
 
 const VRAM: &str = "1G";
 /// What migrates is 256 MiB, and the mock device keeps its own memory in the guest's RAM.
-const MEMORY: &str = "3G";
+const MEMORY_MIB: u32 = 3072;
 const CPUS: u32 = 2;
 const ROUNDS: u32 = 3;
 /// What is moved by our own calls, in MiB.
@@ -55,7 +55,7 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
     let config = Config {
         name: "bench".to_owned(),
         vram: VRAM.to_owned(),
-        memory: MEMORY.to_owned(),
+        memory_mib: MEMORY_MIB,
         cpus: CPUS,
         driver: Driver::None,
         ..Config::default()

@@ -11,7 +11,7 @@ use farfault::arena::{Backing, Protection, Region};
 use farfault::{Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place};
 use rustix::io::Errno;
 
-group! { "advise", gpus 1, seconds 60:
+group! { "advise", on Small, seconds 60:
     default_moves_the_page_that_faulted,
     prefer_gpu_moves_all_of_the_range_in_the_same_2_mib,
     prefer_gpu_with_holes_and_several_mappings_moves_each,

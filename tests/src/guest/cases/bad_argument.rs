@@ -15,7 +15,7 @@ use farfault::{
 };
 use rustix::io::Errno;
 
-group! { "bad_argument", gpus 1, seconds 40:
+group! { "bad_argument", on Small, seconds 40:
     submit_with_each_field_wrong_is_einval,
     wait_and_kill_with_each_field_wrong_fail,
     migrate_with_each_field_wrong_fails,

@@ -10,7 +10,7 @@ use farfault::arena::{Backing, Protection, Region};
 use farfault::{Access, Gpu, Kernel, PAGE_SIZE, uapi::JobStatus};
 use std::time::Duration;
 
-group! { "bad_memory", gpus 1, seconds 60:
+group! { "bad_memory", on Small, seconds 60:
     unmapped_address_fails_with_address_and_access,
     copy_with_one_bad_end_fails_there,
     address_beyond_user_space_fails_with_address_and_access,

@@ -16,7 +16,7 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-group! { "bad_pointer", gpus 1, seconds 40:
+group! { "bad_pointer", on Small, seconds 40:
     argument_that_cannot_be_accessed_is_efault,
     argument_that_cannot_be_written_is_efault,
     argument_that_ends_in_a_hole_is_efault,

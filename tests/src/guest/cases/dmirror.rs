@@ -13,7 +13,7 @@ use farfault::{Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place};
 use rustix::io::Errno;
 use std::{fs, os::unix::fs::PermissionsExt};
 
-group! { "dmirror", gpus 3, seconds 60:
+group! { "dmirror", on Mirrors, seconds 60:
     nodes_of_two_gpus_are_there_for_their_owner_only,
     write_and_read_copy_and_count_faults,
     snapshot_tells_places_and_rights,

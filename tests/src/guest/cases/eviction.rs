@@ -14,7 +14,7 @@ use farfault::{
     process::{Ended, fork},
 };
 
-group! { "eviction", gpus 1, seconds 300:
+group! { "eviction", on Small, seconds 300:
     huge_pages_of_twice_the_vram_make_the_round_trip,
     small_pages_of_twice_the_vram_make_the_round_trip,
     request_for_more_than_vram_moves_what_fits,

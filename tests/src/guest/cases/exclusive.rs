@@ -28,7 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-group! { "exclusive", gpus 1, seconds 90:
+group! { "exclusive", on Small, seconds 90:
     page_taken_on_request_is_the_gpus_until_the_cpu_touches_it,
     pages_in_vram_requested_come_home,
     never_touched_pages_requested_are_zero,

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-group! { "faults", gpus 1, seconds 90:
+group! { "faults", on Small, seconds 90:
     malloced_memory_summed_is_what_the_cpu_sums,
     malloced_memory_filled_has_the_pattern_and_nothing_around_it,
     malloced_memory_added_to_grows_by_the_addend,

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, PageState, Place};
 
-group! { "huge_pages", gpus 1, seconds 60:
+group! { "huge_pages", on Small, seconds 60:
     page_looked_at_from_its_middle_is_where_it_is,
     page_used_from_its_middle_by_a_gpu_that_has_nothing_mapped_has_its_data,
     middle_unmapped_leaves_the_rest_to_cpu_and_gpu,

@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-group! { "jobs", gpus 1, seconds 60:
+group! { "jobs", on Small, seconds 60:
     wait_for_an_endless_job_times_out_when_it_should,
     wait_for_unknown_jobs_is_enoent,
     wait_for_any_gives_each_job_once,

@@ -17,7 +17,7 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-group! { "mappings", gpus 1, seconds 60:
+group! { "mappings", on Small, seconds 60:
     shared_anonymous_memory_is_used_where_it_is,
     shared_file_written_by_the_gpu_has_it_in_the_file,
     private_file_written_by_the_gpu_leaves_the_file_alone,

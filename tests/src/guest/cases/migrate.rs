@@ -12,7 +12,7 @@ use farfault::arena::{Backing, Region};
 use farfault::{Gpu, HUGE_PAGE_SIZE, Moved, PAGE_SIZE, Place};
 use std::fs;
 
-group! { "migrate", gpus 1, seconds 60:
+group! { "migrate", on Small, seconds 60:
     small_pages_to_vram_and_back_keep_their_data,
     huge_pages_to_vram_and_back_stay_huge_and_keep_their_data,
     gpu_fault_moves_a_small_page_alone_and_a_huge_page_whole,

@@ -11,6 +11,7 @@ mod exclusive;
 mod faults;
 mod huge_pages;
 mod jobs;
+mod machines;
 mod mappings;
 mod migrate;
 mod mm;
@@ -45,4 +46,7 @@ const GROUPS: &[&[Case]] = &[
     huge_pages::CASES,
     two_gpus::CASES,
     dmirror::CASES,
+    machines::disk::CASES,
+    machines::numa::CASES,
+    machines::eight_gpus::CASES,
 ];

@@ -28,7 +28,7 @@ use std::{
     process::Command,
 };
 
-group! { "owner", gpus 1, seconds 40:
+group! { "owner", on Small, seconds 40:
     owner_may_make_every_call,
     child_after_fork_gets_eperm_from_every_call,
     process_that_was_sent_the_descriptor_gets_eperm_from_every_call,

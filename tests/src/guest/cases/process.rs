@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-group! { "process", gpus 1, seconds 90:
+group! { "process", on Small, seconds 90:
     exit_with_pages_in_vram_gives_it_all_back,
     exit_with_an_endless_job_ends_in_time,
     exec_with_pages_in_vram_gives_it_all_back,

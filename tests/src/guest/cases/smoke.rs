@@ -5,7 +5,7 @@ use crate::guest::VRAM;
 use anyhow::{Result, ensure};
 use farfault::{Gpu, uapi};
 
-group! { "smoke", gpus 1, seconds 20:
+group! { "smoke", on Small, seconds 20:
     info_of_the_gpu_is_what_the_host_configured,
     ping_is_answered,
     each_open_is_an_address_space_of_its_own,

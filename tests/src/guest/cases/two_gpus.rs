@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-group! { "two_gpus", gpus 2, seconds 60:
+group! { "two_gpus", on TwoGpus, seconds 60:
     serials_tell_the_gpus_apart,
     pages_used_by_both_in_turn_keep_their_data,
     pages_in_one_vram_are_not_in_the_other,

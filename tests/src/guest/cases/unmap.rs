@@ -12,7 +12,7 @@ use farfault::arena::{Backing, Protection, Region};
 use farfault::{Access, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, uapi::JobStatus};
 use std::time::{Duration, Instant};
 
-group! { "unmap", gpus 1, seconds 60:
+group! { "unmap", on Small, seconds 60:
     part_of_a_huge_page_in_vram_unmapped_leaves_the_rest,
     region_unmapped_gives_its_vram_back,
     pages_in_vram_discarded_are_zero,

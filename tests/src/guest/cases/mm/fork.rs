@@ -14,7 +14,7 @@ use std::{
     io::{Read, Write},
 };
 
-group! { "mm::fork", gpus 1, seconds 60:
+group! { "mm::fork", on Small, seconds 60:
     child_reads_and_writes_its_copy_of_pages_in_vram,
     gpu_write_after_fork_does_not_reach_the_child,
     cpu_write_after_fork_is_seen_by_the_gpu,
