@@ -20,7 +20,7 @@ use crate::{
     queue::{
         batch, copy,
         event::{Event, Events},
-        Batch, Channel, CopyList,
+        Batch, Channel, CopyList, CopyMemory,
     },
     stats::Counters,
     svm::{
@@ -142,6 +142,8 @@ pub(crate) struct Gpu {
     #[pin]
     submit: Channel,
     #[pin]
+    copy_memory: CopyMemory,
+    #[pin]
     events: Events,
     #[pin]
     pub(crate) vram: Vram,
@@ -209,6 +211,7 @@ impl Gpu {
                 next_fence: Atomic::new(1),
                 control <- Channel::new(),
                 submit <- Channel::new(),
+                copy_memory <- CopyMemory::new(),
                 events <- Events::new(),
                 vram <- Vram::new(vram_pages),
                 contexts <- Contexts::new(contexts),
@@ -409,14 +412,19 @@ impl Gpu {
         self.control(&mut batch).map(|_| ())
     }
 
+    /// An empty list of copies.
+    pub(crate) fn copy_list(&self) -> CopyList<'_> {
+        CopyList::new(&self.copy_memory, self.limits.max_copy_run)
+    }
+
     /// Begins to move the bytes of a list.
-    pub(crate) fn start_copy(&self, list: &mut CopyList) -> Result {
+    pub(crate) fn start_copy(&self, list: &mut CopyList<'_>) -> Result {
         self.reachable()?;
         self.exchanged("a copy failed", list.start(&self.submit))
     }
 
     /// Waits until all that was sent of it is where it belongs.
-    pub(crate) fn finish_copy(&self, list: &mut CopyList) -> Result {
+    pub(crate) fn finish_copy(&self, list: &mut CopyList<'_>) -> Result {
         self.exchanged("a copy failed", list.finish(&self.submit))
     }
 

@@ -20,7 +20,7 @@ use super::{
     pagemap::{DevicePagemap, Fault, Owner, PagemapOps},
 };
 use crate::bindings;
-use core::{marker::PhantomData, ops::Range, ptr, ptr::NonNull};
+use core::{marker::PhantomData, ops::Range, ptr, ptr::NonNull, slice};
 use kernel::{
     error::to_result,
     page::{PAGE_SHIFT, PAGE_SIZE},
@@ -37,22 +37,57 @@ const SELECT_DEVICE: usize =
     bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE as usize;
 const SELECT_COMPOUND: usize = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_COMPOUND as usize;
 
-/// The arrays of a migration.
+/// The arrays of a migration: of sources and of destinations, with an entry for each page.
 ///
 /// # Invariants
 ///
 /// Both are of the same length.
-struct Arrays {
-    src: KVVec<usize>,
-    dst: KVVec<usize>,
+enum Arrays {
+    /// Most CPU faults are about one page, and do without an allocation.
+    Page { src: usize, dst: usize },
+    Pages {
+        src: KVVec<usize>,
+        dst: KVVec<usize>,
+    },
 }
 
 impl Arrays {
     fn new(pages: usize) -> Result<Self> {
-        Ok(Self {
-            src: KVVec::from_elem(0, pages, GFP_KERNEL)?,
-            dst: KVVec::from_elem(0, pages, GFP_KERNEL)?,
+        Ok(match pages {
+            1 => Self::Page { src: 0, dst: 0 },
+            _ => Self::Pages {
+                src: KVVec::from_elem(0, pages, GFP_KERNEL)?,
+                dst: KVVec::from_elem(0, pages, GFP_KERNEL)?,
+            },
         })
+    }
+
+    fn src(&self) -> &[usize] {
+        match self {
+            Self::Page { src, .. } => slice::from_ref(src),
+            Self::Pages { src, .. } => src,
+        }
+    }
+
+    fn dst(&self) -> &[usize] {
+        match self {
+            Self::Page { dst, .. } => slice::from_ref(dst),
+            Self::Pages { dst, .. } => dst,
+        }
+    }
+
+    fn both_mut(&mut self) -> (&mut [usize], &mut [usize]) {
+        match self {
+            Self::Page { src, dst } => (slice::from_mut(src), slice::from_mut(dst)),
+            Self::Pages { src, dst } => (src, dst),
+        }
+    }
+
+    /// Lets the core find them, until they are moved.
+    fn point(&mut self, args: &mut bindings::migrate_vma) {
+        let (src, dst) = self.both_mut();
+        args.src = src.as_mut_ptr();
+        args.dst = dst.as_mut_ptr();
     }
 }
 
@@ -92,14 +127,14 @@ enum Kind {
 ///
 /// # Invariants
 ///
-/// - `args.src` and `args.dst` are the arrays of `_arrays`, of `args.npages` entries.
+/// - `arrays` have `args.npages` entries at least.
 /// - The pages in `src` are locked and referenced for this migration; those in `dst` are locked and
 ///   referenced, and belong to it.
 /// - But for [`Kind::DeviceRange`], `args.vma` is valid and its mmap lock is held, for `'a`.
 struct Raw<'a> {
     args: bindings::migrate_vma,
     kind: Kind,
-    _arrays: Arrays,
+    arrays: Arrays,
     _lock: PhantomData<Vma<'a>>,
 }
 
@@ -125,8 +160,6 @@ impl<'a> Raw<'a> {
         let compound = if len > PAGE_SIZE { SELECT_COMPOUND } else { 0 };
         let mut args = bindings::migrate_vma {
             vma: vma.as_ptr(),
-            dst: arrays.dst.as_mut_ptr(),
-            src: arrays.src.as_mut_ptr(),
             start: range.start,
             end: range.end,
             pgmap_owner: owner.as_ptr(),
@@ -134,6 +167,7 @@ impl<'a> Raw<'a> {
             fault_page,
             ..Default::default()
         };
+        arrays.point(&mut args);
         // SAFETY: The arrays are long enough; `vma` is under its mmap lock; a fault page is locked
         // and referenced by the core.
         to_result(unsafe { bindings::migrate_vma_setup(&mut args) })?;
@@ -141,24 +175,31 @@ impl<'a> Raw<'a> {
         Ok(Self {
             args,
             kind,
-            _arrays: arrays,
+            arrays,
             _lock: PhantomData,
         })
     }
 
     fn src(&self) -> &[usize] {
-        // SAFETY: By the type invariant.
-        unsafe { core::slice::from_raw_parts(self.args.src, self.args.npages) }
+        &self.arrays.src()[..self.args.npages]
     }
 
     fn dst(&self) -> &[usize] {
-        // SAFETY: By the type invariant.
-        unsafe { core::slice::from_raw_parts(self.args.dst, self.args.npages) }
+        &self.arrays.dst()[..self.args.npages]
+    }
+
+    fn src_mut(&mut self) -> &mut [usize] {
+        &mut self.arrays.both_mut().0[..self.args.npages]
     }
 
     fn dst_mut(&mut self) -> &mut [usize] {
-        // SAFETY: By the type invariant; `self` is borrowed exclusively.
-        unsafe { core::slice::from_raw_parts_mut(self.args.dst, self.args.npages) }
+        &mut self.arrays.both_mut().1[..self.args.npages]
+    }
+
+    /// For the core, with the arrays where they are now.
+    fn args(&mut self) -> &mut bindings::migrate_vma {
+        self.arrays.point(&mut self.args);
+        &mut self.args
     }
 
     fn address(&self, index: usize) -> usize {
@@ -168,14 +209,14 @@ impl<'a> Raw<'a> {
 
 impl Drop for Raw<'_> {
     fn drop(&mut self) {
-        if self.kind == Kind::DeviceRange {
+        let kind = self.kind;
+        let args = self.args();
+        if kind == Kind::DeviceRange {
             // SAFETY: By the type invariant; this is the only call.
-            unsafe {
-                bindings::migrate_device_finalize(self.args.src, self.args.dst, self.args.npages);
-            }
+            unsafe { bindings::migrate_device_finalize(args.src, args.dst, args.npages) };
         } else {
             // SAFETY: By the type invariant; this is the only call.
-            unsafe { bindings::migrate_vma_finalize(&mut self.args) };
+            unsafe { bindings::migrate_vma_finalize(args) };
         }
     }
 }
@@ -244,22 +285,21 @@ impl<'a> Collected<'a> {
             return Err(EINVAL);
         }
         let mut arrays = Arrays::new(npages)?;
-        let args = bindings::migrate_vma {
-            dst: arrays.dst.as_mut_ptr(),
-            src: arrays.src.as_mut_ptr(),
+        let mut args = bindings::migrate_vma {
             npages,
             ..Default::default()
         };
+        arrays.point(&mut args);
         let first = map.pfn(super::pagemap::DevicePage(pages.start));
         // SAFETY: The array has `npages` entries, and the frames are of a registered pagemap.
         to_result(unsafe { bindings::migrate_device_range(args.src, first.0, npages) })?;
-        arrays.src.iter_mut().for_each(leave_if_uncharged);
+        arrays.both_mut().0.iter_mut().for_each(leave_if_uncharged);
         // INVARIANT: `migrate_device_range()` has filled `src`, and there are no destinations yet.
         Ok(Self {
             raw: Raw {
                 args,
                 kind: Kind::DeviceRange,
-                _arrays: arrays,
+                arrays,
                 _lock: PhantomData,
             },
             committed: false,
@@ -381,8 +421,9 @@ impl<'a> Collected<'a> {
     pub(crate) fn pages(mut self) -> Migrated<'a> {
         self.withdraw_impossible();
         self.committed = true;
-        let args = &mut self.raw.args;
-        if self.raw.kind == Kind::DeviceRange {
+        let kind = self.raw.kind;
+        let args = self.raw.args();
+        if kind == Kind::DeviceRange {
             // SAFETY: Collected by `migrate_device_range()`; destinations are locked.
             unsafe { bindings::migrate_device_pages(args.src, args.dst, args.npages) };
         } else {
@@ -464,11 +505,10 @@ impl Drop for Collected<'_> {
     fn drop(&mut self) {
         if !self.committed {
             // What is not marked as migrating is restored when `raw` finalizes.
-            let src = self.raw.args.src;
-            for i in 0..self.raw.args.npages {
-                // SAFETY: In bounds by the invariant of `Raw`.
-                unsafe { *src.add(i) &= !MIGRATE };
-            }
+            self.raw
+                .src_mut()
+                .iter_mut()
+                .for_each(|src| *src &= !MIGRATE);
         }
     }
 }

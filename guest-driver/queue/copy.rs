@@ -2,6 +2,7 @@
 //! Lists of physical copies (hardware manual, chapter 5): written, sent, and waited for.
 
 use super::{Channel, Request};
+use crate::kapi::spinlock_irq::{new_spinlock_irq, SpinLockIrq};
 use farfault_protocol::{
     command::{CommandHeader, Status},
     submit::{Copy, CopyAperture, CopyRun, Opcode, Reply},
@@ -16,9 +17,48 @@ pub(crate) const REQUEST_BYTES: usize = size_of::<Copy>() + RUNS * size_of::<Cop
 /// Runs that there is room for at once.
 const FIRST_RUNS: usize = 8;
 
+/// Most requests that are kept for the next list.
+const SPARE: usize = 8;
+
+/// Memory of lists that have ended, for those that come: a CPU fault on one page allocates nothing of
+/// its own then.
+#[pin_data]
+pub(crate) struct CopyMemory {
+    /// Each of one request. There is room for [`SPARE`].
+    #[pin]
+    spare: SpinLockIrq<KVec<KVec<Request>>>,
+}
+
+impl CopyMemory {
+    pub(crate) fn new() -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            spare <- new_spinlock_irq!(KVec::with_capacity(SPARE, GFP_KERNEL)?),
+        })
+    }
+
+    fn take(&self) -> KVec<Request> {
+        self.spare.lock().pop().unwrap_or_default()
+    }
+
+    fn give_back(&self, mut requests: KVec<Request>) {
+        // What the device has kept is gone.
+        requests.retain(|request| request.message.is_some());
+        requests.truncate(1);
+        if requests.is_empty() {
+            return;
+        }
+        let full = self.spare.lock().push_within_capacity(requests);
+        // Dropped without the lock.
+        drop(full);
+    }
+}
+
 /// Copies that go together. Neighbours become one run, and many runs several requests.
-pub(crate) struct CopyList {
+pub(crate) struct CopyList<'a> {
+    memory: &'a CopyMemory,
     requests: KVec<Request>,
+    /// How many of the requests have runs.
+    used: usize,
     /// Runs of the last request.
     runs: usize,
     /// The run that may still grow.
@@ -29,11 +69,13 @@ pub(crate) struct CopyList {
     sent: usize,
 }
 
-impl CopyList {
+impl<'a> CopyList<'a> {
     /// `longest` is the device's limit for one run, in bytes.
-    pub(crate) const fn new(longest: u32) -> Self {
+    pub(crate) fn new(memory: &'a CopyMemory, longest: u32) -> Self {
         Self {
-            requests: KVec::new(),
+            memory,
+            requests: memory.take(),
+            used: 0,
             runs: RUNS,
             last: None,
             longest,
@@ -61,15 +103,21 @@ impl CopyList {
             return Ok(());
         };
         if self.runs == RUNS {
-            let bytes = size_of::<Copy>() + FIRST_RUNS * size_of::<CopyRun>();
-            let mut request = Request::new(bytes, size_of::<Reply>())?;
+            if self.requests.len() == self.used {
+                let bytes = size_of::<Copy>() + FIRST_RUNS * size_of::<CopyRun>();
+                let request = Request::new(bytes, size_of::<Reply>())?;
+                self.requests.push(request, GFP_KERNEL)?;
+            }
+            let request = self.requests.get_mut(self.used).ok_or(EINVAL)?;
             let header = CommandHeader::new(Opcode::Copy.raw(), 0);
             let bytes = request.bytes()?;
+            bytes.clear();
             bytes.extend_from_slice(header.as_bytes(), GFP_KERNEL)?;
-            self.requests.push(request, GFP_KERNEL)?;
+            self.used += 1;
             self.runs = 0;
         }
-        let request = self.requests.last_mut().ok_or(EINVAL)?;
+        let last_used = self.used.checked_sub(1).ok_or(EINVAL)?;
+        let request = self.requests.get_mut(last_used).ok_or(EINVAL)?;
         let bytes = request.bytes()?;
         bytes.extend_from_slice(last.as_bytes(), GFP_KERNEL)?;
         self.runs += 1;
@@ -80,7 +128,7 @@ impl CopyList {
     /// too.
     pub(crate) fn start(&mut self, channel: &Channel) -> Result {
         self.write_last()?;
-        for request in self.requests.iter_mut() {
+        for request in self.requests.iter_mut().take(self.used) {
             let bytes = request.bytes()?;
             let header = CommandHeader::new(Opcode::Copy.raw(), bytes.len() as u32);
             let slot = bytes.get_mut(..size_of::<CommandHeader>());
@@ -102,6 +150,12 @@ impl CopyList {
             result = result.and(finished);
         }
         result
+    }
+}
+
+impl Drop for CopyList<'_> {
+    fn drop(&mut self) {
+        self.memory.give_back(core::mem::take(&mut self.requests));
     }
 }
 

@@ -15,7 +15,10 @@ pub(crate) mod batch;
 pub(crate) mod copy;
 pub(crate) mod event;
 
-pub(crate) use self::{batch::Batch, copy::CopyList};
+pub(crate) use self::{
+    batch::Batch,
+    copy::{CopyList, CopyMemory},
+};
 
 use crate::kapi::{
     completion::Completion,

@@ -28,7 +28,7 @@ pub(super) struct Flight<'a> {
     gpu: &'a Gpu,
     /// `None` once it has landed.
     collected: Option<Collected<'a>>,
-    copies: CopyList,
+    copies: CopyList<'a>,
     /// To RAM.
     home: bool,
 }
@@ -90,7 +90,7 @@ impl<'a> Flight<'a> {
         Self {
             gpu,
             collected: Some(collected),
-            copies: CopyList::new(gpu.limits.max_copy_run),
+            copies: gpu.copy_list(),
             home,
         }
     }
@@ -128,7 +128,7 @@ fn give_vram(
     entry: Entry,
     room: &mut Reservation<'_>,
     fails: bool,
-    copies: &mut CopyList,
+    copies: &mut CopyList<'_>,
     placed: &mut KVec<(VramPage, u32, usize)>,
 ) -> Result {
     let address = collected.address(entry.index);
@@ -175,7 +175,7 @@ fn give_ram(
     entry: Entry,
     page: VramPage,
     fails: &impl Fn() -> bool,
-    copies: &mut CopyList,
+    copies: &mut CopyList<'_>,
 ) -> Result<bool> {
     let mut order = entry.order;
     let mut done = 0;
