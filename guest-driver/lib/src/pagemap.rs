@@ -39,6 +39,11 @@ pub fn read(pages: Pages) -> io::Result<Vec<Entry>> {
 }
 
 impl Entry {
+    /// As the kernel has it (`Documentation/admin-guide/mm/pagemap.rst`).
+    pub fn bits(self) -> u64 {
+        self.0
+    }
+
     /// Where the page is; nothing if the entry can't tell: it is on its way from one place to
     /// another, or this process may not see types.
     pub fn place(self) -> Option<Place> {

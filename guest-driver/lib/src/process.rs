@@ -39,6 +39,11 @@ pub fn fork(child: impl FnOnce() -> u8) -> Result<Child> {
 }
 
 impl Child {
+    /// Its process number; nothing once it was waited for.
+    pub fn pid(&self) -> Option<Pid> {
+        self.pid
+    }
+
     /// Waits for its end.
     pub fn wait(mut self) -> Result<Ended> {
         let failed = |cause: io::Error| Error::Process {

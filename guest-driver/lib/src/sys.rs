@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The system calls: `ioctl` on `/dev/farfaultN`, `fork` and `madvise`. The one file with `unsafe`,
-//! with its parts for tests, `sys/arena.rs` and `sys/stage.rs`.
+//! with its parts for tests in `sys/`.
 //!
 //! Two things are unsafe about a GPU that uses this process's memory, and both are dealt with here:
 //! the kernel writes through the pointers that a call passes (each call is paired with its argument
@@ -17,6 +17,12 @@
 
 #[cfg(feature = "arena")]
 pub mod arena;
+#[cfg(feature = "arena")]
+mod kernel_access;
+#[cfg(feature = "arena")]
+mod region;
+#[cfg(feature = "arena")]
+pub mod ring;
 #[cfg(feature = "arena")]
 pub mod stage;
 

@@ -28,6 +28,8 @@ use std::{
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
+pub use super::{kernel_access::Traced, region::userfaultfd};
+
 const ARENA: std::ops::Range<usize> = 0x10_0000_0000..0x80_0000_0000;
 /// Regions begin at a multiple of this, and at least so much is free behind each: the kernel can't
 /// merge them, and each can hold huge pages.
@@ -67,11 +69,11 @@ pub enum Protection {
 /// A range of whole pages in the arena: an address and a length, whatever is mapped there.
 #[derive(Clone, Copy, Debug)]
 pub struct Region {
-    address: usize,
-    length: usize,
+    pub(super) address: usize,
+    pub(super) length: usize,
 }
 
-fn take_addresses(length: usize) -> io::Result<usize> {
+pub(super) fn take_addresses(length: usize) -> io::Result<usize> {
     let step = length.next_multiple_of(STEP) + STEP;
     let address = NEXT.fetch_add(step, Ordering::Relaxed);
     if step > ARENA.end - ARENA.start || address > ARENA.end - step {
@@ -180,7 +182,7 @@ impl Region {
         self.word(index, |word| word.fetch_add(addend, Ordering::Relaxed));
     }
 
-    fn pointer(self) -> *mut c_void {
+    pub(super) fn pointer(self) -> *mut c_void {
         with_exposed_provenance_mut(self.address)
     }
 

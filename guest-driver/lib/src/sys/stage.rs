@@ -51,12 +51,19 @@ pub enum Backing<'a> {
 #[expect(missing_docs, reason = "they are named as in madvise(2)")]
 pub enum Advice {
     DontNeed = libc::MADV_DONTNEED,
+    WillNeed = libc::MADV_WILLNEED,
     Free = libc::MADV_FREE,
+    Cold = libc::MADV_COLD,
+    PageOut = libc::MADV_PAGEOUT,
     Remove = libc::MADV_REMOVE,
     DontFork = libc::MADV_DONTFORK,
+    DoFork = libc::MADV_DOFORK,
     WipeOnFork = libc::MADV_WIPEONFORK,
+    KeepOnFork = libc::MADV_KEEPONFORK,
     HugePage = libc::MADV_HUGEPAGE,
     NoHugePage = libc::MADV_NOHUGEPAGE,
+    Mergeable = libc::MADV_MERGEABLE,
+    Unmergeable = libc::MADV_UNMERGEABLE,
     PopulateRead = libc::MADV_POPULATE_READ,
     PopulateWrite = libc::MADV_POPULATE_WRITE,
     Collapse = libc::MADV_COLLAPSE,
@@ -71,18 +78,18 @@ fn stage(address: u64, length: u64) -> io::Result<*mut c_void> {
     Ok(with_exposed_provenance_mut(address as usize))
 }
 
-fn last_error() -> Errno {
+pub(super) fn last_error() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
-fn done(result: c_int) -> io::Result<()> {
+pub(super) fn done(result: c_int) -> io::Result<()> {
     if result == -1 {
         return Err(last_error());
     }
     Ok(())
 }
 
-fn count(result: isize) -> io::Result<usize> {
+pub(super) fn count(result: isize) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| last_error())
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Copy-on-write between parent and child, with pages in VRAM or mapped by the GPU.
+//! Copy-on-write between parent and child, with pages in VRAM or mapped by the GPU. In what order they
+//! end, and what jobs do meanwhile, is in [`super::fork_order`].
 
 use crate::guest::{call::Job, child::code, oracle, place::move_all};
 use anyhow::{Result, ensure};

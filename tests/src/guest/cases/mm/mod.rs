@@ -3,8 +3,23 @@
 //! mapped. A file for each of its parts.
 
 mod fork;
+mod fork_order;
+mod madvise;
+mod mlock;
+mod mprotect;
+mod mremap;
+mod munmap;
+mod start;
 
 use crate::guest::Case;
 
 /// All groups of the suite.
-pub(super) const GROUPS: &[&[Case]] = &[fork::CASES];
+pub(super) const GROUPS: &[&[Case]] = &[
+    fork::CASES,
+    fork_order::CASES,
+    mprotect::CASES,
+    mremap::CASES,
+    munmap::CASES,
+    madvise::CASES,
+    mlock::CASES,
+];

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `madvise`: what it promises for memory in RAM holds for memory that the GPU has, too.
+
+use super::start::{
+    SEED, each_start, ensure_agreement, ensure_sum, ensure_words, exercise, exercise_all,
+    exercise_empty,
+};
+use crate::guest::{call::Job, child::code, oracle};
+use anyhow::{Result, ensure};
+use farfault::arena::Region;
+use farfault::{
+    Access, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE,
+    process::{Ended, fork},
+    stage::Advice,
+};
+
+group! { "mm::madvise", gpus 1, seconds 60:
+    dontneed_leaves_zeros_and_new_pages,
+    dontneed_of_part_leaves_the_rest,
+    free_leaves_old_data_or_zeros_the_same_for_cpu_and_gpu,
+    free_then_written_by_the_gpu_is_kept,
+    cold_and_pageout_keep_the_data,
+    willneed_keeps_the_data,
+    hugepage_and_nohugepage_keep_the_data,
+    mergeable_and_unmergeable_keep_the_data,
+    wipeonfork_is_zero_in_the_child_and_kept_in_the_parent,
+    dontfork_is_missing_in_the_child_and_kept_in_the_parent,
+}
+
+const QUARTER: usize = HUGE_PAGE_SIZE / 4;
+
+fn dontneed_leaves_zeros_and_new_pages() -> Result<()> {
+    each_start(|gpu, region| {
+        region.advise(Advice::DontNeed)?;
+        exercise_empty(gpu, region)?;
+        oracle::write(region, SEED);
+        exercise_all(gpu, region)
+    })
+}
+
+fn dontneed_of_part_leaves_the_rest() -> Result<()> {
+    each_start(|gpu, region| {
+        // Over the border between the halves.
+        let hole = region.part(QUARTER, 2 * QUARTER);
+        hole.advise(Advice::DontNeed)?;
+        exercise(gpu, region.part(0, QUARTER), 0, 0)?;
+        exercise_empty(gpu, hole)?;
+        exercise(gpu, region.part(3 * QUARTER, QUARTER), 3 * QUARTER / 8, 0)
+    })
+}
+
+fn free_leaves_old_data_or_zeros_the_same_for_cpu_and_gpu() -> Result<()> {
+    each_start(|gpu, region| {
+        region.advise(Advice::Free)?;
+        region.advise(Advice::PageOut)?;
+        let words = region.words() / region.pages().count();
+        let sum = Job::sum(region).waves(2).run(gpu)?;
+        let mut should = 0u64;
+        for page in 0..region.pages().count() {
+            let part = region.part(page * PAGE_SIZE, PAGE_SIZE);
+            let first = page * words;
+            if part.load(0) == 0 {
+                ensure_words(part, 0)?;
+            } else {
+                oracle::check_part(part, SEED, first, 0)?;
+                should = should.wrapping_add(oracle::sum(SEED, first..first + words));
+            }
+        }
+        ensure!(sum == should, "GPU and CPU read different memory");
+        oracle::write(region, SEED);
+        exercise_all(gpu, region)
+    })
+}
+
+fn free_then_written_by_the_gpu_is_kept() -> Result<()> {
+    each_start(|gpu, region| {
+        region.advise(Advice::Free)?;
+        Job::fill(region, 7).waves(2).run(gpu)?;
+        region.advise(Advice::PageOut)?;
+        ensure_words(region, 7)?;
+        let sum = Job::sum(region).waves(2).run(gpu)?;
+        ensure!(sum == 7 * region.words() as u64);
+        // Again, with what the GPU has written last in RAM or VRAM as it is now.
+        region.advise(Advice::Free)?;
+        Job::fill(region, 8).waves(2).run(gpu)?;
+        region.advise(Advice::Cold)?;
+        region.advise(Advice::PageOut)?;
+        ensure_words(region, 8)?;
+        ensure_agreement(gpu, region)
+    })
+}
+
+/// Advice that changes no content, to all, to a part and again to all.
+fn keeps_the_data(advice: &[Advice]) -> Result<()> {
+    each_start(|gpu, region| {
+        for (round, &advice) in advice.iter().enumerate() {
+            let added = 6 * round as u64;
+            region.advise(advice)?;
+            exercise(gpu, region, 0, added)?;
+            region.part(QUARTER + PAGE_SIZE, QUARTER).advise(advice)?;
+            exercise(gpu, region, 0, added + 2)?;
+            region.advise(advice)?;
+            ensure_sum(gpu, region, 0, added + 4)?;
+            exercise(gpu, region, 0, added + 4)?;
+        }
+        Ok(())
+    })
+}
+
+fn cold_and_pageout_keep_the_data() -> Result<()> {
+    keeps_the_data(&[Advice::Cold, Advice::PageOut])
+}
+
+fn willneed_keeps_the_data() -> Result<()> {
+    keeps_the_data(&[Advice::WillNeed])
+}
+
+fn hugepage_and_nohugepage_keep_the_data() -> Result<()> {
+    keeps_the_data(&[Advice::HugePage, Advice::NoHugePage, Advice::HugePage])
+}
+
+fn mergeable_and_unmergeable_keep_the_data() -> Result<()> {
+    keeps_the_data(&[Advice::Mergeable, Advice::Unmergeable])
+}
+
+/// `in_child` gets a GPU of its own; the parent has its data after it, and while the child lives.
+fn forked(advice: Advice, in_child: fn(&Gpu, Region) -> Result<()>) -> Result<()> {
+    each_start(|gpu, region| {
+        region.advise(advice)?;
+        ensure_sum(gpu, region, 0, 0)?;
+        let child = fork(|| {
+            code(
+                Gpu::open_first()
+                    .map_err(Into::into)
+                    .and_then(|gpu| in_child(&gpu, region)),
+            )
+        })?;
+        Job::add(region, 1).waves(2).run(gpu)?;
+        ensure!(child.wait()? == Ended::Exited(0));
+        exercise(gpu, region, 0, 1)
+    })
+}
+
+fn wipeonfork_is_zero_in_the_child_and_kept_in_the_parent() -> Result<()> {
+    forked(Advice::WipeOnFork, exercise_empty)
+}
+
+fn dontfork_is_missing_in_the_child_and_kept_in_the_parent() -> Result<()> {
+    forked(Advice::DontFork, |gpu, region| {
+        Job::sum(region).fails_at(gpu, region.address(), Access::Read)?;
+        region.map_again()?;
+        exercise_empty(gpu, region)
+    })
+}

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `munmap`, whole and of parts, at rest and while jobs work there; see also group `unmap`.
+
+use super::start::{SEED, each_start, exercise, exercise_all, exercise_empty};
+use crate::guest::{
+    call::{self, JOB_TIME, Job, ensure_status},
+    oracle,
+};
+use anyhow::{Context, Result, ensure};
+use farfault::arena::{Backing, Region};
+use farfault::{Access, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, uapi::JobStatus};
+use rustix::{
+    fs::{MemfdFlags, ftruncate, memfd_create},
+    io::Errno,
+};
+use std::{fs::File, os::unix::fs::FileExt, time::Duration};
+
+group! { "mm::munmap", gpus 1, seconds 60:
+    whole_region_unmapped_is_gone_and_mapped_again_is_empty,
+    begin_middle_and_end_unmapped_leave_the_rest,
+    every_other_page_unmapped_leaves_the_others,
+    region_replaced_in_one_step_shows_the_gpu_the_new_memory,
+    unmapped_during_a_job_that_writes_is_not_written_any_more,
+    replaced_during_a_job_the_job_goes_on_in_the_new_memory,
+}
+
+const QUARTER: usize = HUGE_PAGE_SIZE / 4;
+
+fn whole_region_unmapped_is_gone_and_mapped_again_is_empty() -> Result<()> {
+    each_start(|gpu, region| {
+        region.unmap()?;
+        Job::sum(region).fails_at(gpu, region.address(), Access::Read)?;
+        Job::fill(region, 9).fails_at(gpu, region.address(), Access::Write)?;
+        region.map_again()?;
+        exercise_empty(gpu, region)
+    })
+}
+
+fn begin_middle_and_end_unmapped_leave_the_rest() -> Result<()> {
+    for hole in 0..4 {
+        each_start(|gpu, region| {
+            let gone = region.part(hole * QUARTER, QUARTER);
+            gone.unmap()?;
+            for quarter in (0..4).filter(|&quarter| quarter != hole) {
+                let part = region.part(quarter * QUARTER, QUARTER);
+                exercise(gpu, part, quarter * QUARTER / 8, 0)?;
+            }
+            Job::sum(gone).fails_at(gpu, gone.address(), Access::Read)?;
+            gone.map_again()?;
+            exercise_empty(gpu, gone)
+        })
+        .with_context(|| format!("quarter {hole}"))?;
+    }
+    Ok(())
+}
+
+fn every_other_page_unmapped_leaves_the_others() -> Result<()> {
+    each_start(|gpu, region| {
+        let page = |number: usize| region.part(number * PAGE_SIZE, PAGE_SIZE);
+        // On both sides of the border between the halves.
+        for number in (240..272).step_by(2) {
+            page(number).unmap()?;
+        }
+        for number in 240..272 {
+            if number % 2 == 0 {
+                Job::sum(page(number)).fails_at(gpu, page(number).address(), Access::Read)?;
+            } else {
+                exercise(gpu, page(number), number * PAGE_SIZE / 8, 0)?;
+            }
+        }
+        exercise(gpu, region.part(0, 240 * PAGE_SIZE), 0, 0)
+    })
+}
+
+fn region_replaced_in_one_step_shows_the_gpu_the_new_memory() -> Result<()> {
+    each_start(|gpu, region| {
+        region.replace()?;
+        exercise_empty(gpu, region)?;
+        oracle::write(region, SEED);
+        exercise_all(gpu, region)
+    })
+}
+
+/// A word in a page of a file, which outlives its mapping; and a job that adds to it for ever.
+fn writer(gpu: &Gpu) -> Result<(File, Region, u64)> {
+    let file = File::from(memfd_create("farfault-test", MemfdFlags::CLOEXEC)?);
+    ftruncate(&file, PAGE_SIZE as u64)?;
+    let region = Region::map(PAGE_SIZE, Backing::File(&file))?;
+    let fence = Job::atomic_add(region.address(), 1, u64::MAX).submit(gpu)?;
+    super::start::eventually("the job writes", || Ok(word(&file)? != 0))?;
+    Ok((file, region, fence))
+}
+
+fn word(file: &File) -> Result<u64> {
+    let mut bytes = [0; 8];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+fn unmapped_during_a_job_that_writes_is_not_written_any_more() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let (file, region, fence) = writer(&gpu)?;
+    region.unmap()?;
+    let after = word(&file)?;
+    let end = call::wait(&gpu, fence, JOB_TIME)?;
+    ensure_status(&end, JobStatus::Fault)?;
+    ensure!(end.fault_address == region.address(), "{end:x?}");
+    ensure!(word(&file)? == after, "it was written after munmap");
+    Ok(())
+}
+
+fn replaced_during_a_job_the_job_goes_on_in_the_new_memory() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let (file, region, fence) = writer(&gpu)?;
+    region.replace()?;
+    let after = word(&file)?;
+    super::start::eventually("the job writes to the new memory", || {
+        Ok(region.load(0) != 0)
+    })?;
+    ensure!(word(&file)? == after, "the old page was written");
+    let running = call::wait(&gpu, fence, Duration::ZERO);
+    ensure!(running.is_err_and(|error| error == Errno::TIMEDOUT));
+    call::kill(&gpu, fence)?;
+    ensure_status(&call::wait(&gpu, fence, JOB_TIME)?, JobStatus::Killed)?;
+    Ok(region.unmap()?)
+}
