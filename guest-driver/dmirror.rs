@@ -15,12 +15,13 @@ use crate::{
     kapi::{
         chardev::{FileOps, Kind},
         hmm::HmmPfn,
-        mm::PUD_ORDER,
+        mm::{ADDRESS_LIMIT, PUD_ORDER},
         signal::fatal_signal_pending,
         trace::Cause,
     },
     svm::{
         access::{OnFault, Window, MOST_BYTES},
+        migrate::{PASSES, PASS_PAUSE},
         Space, REGION_BYTES,
     },
     uapi,
@@ -34,6 +35,7 @@ use kernel::{
     page::{Page, PAGE_SHIFT, PAGE_SIZE},
     prelude::*,
     sync::{poll::PollTable, Arc, ArcBorrow},
+    time::delay::fsleep,
     uaccess::{UserPtr, UserSlice},
 };
 use zerocopy::{FromZeros, IntoBytes};
@@ -77,8 +79,6 @@ const PROT_PUD: u8 = 0x08;
 const PROT_ZERO: u8 = 0x10;
 const PROT_DEV_PRIVATE_LOCAL: u8 = 0x20;
 
-/// Beyond the addresses of all processes.
-const LIMIT: usize = 1 << 47;
 /// The kernel's module looks at 32 pages at once, and from here on they wrap around.
 const LAST_START: usize = usize::MAX - 32 * PAGE_SIZE + 1;
 
@@ -206,9 +206,19 @@ impl OpenMirror {
     }
 
     fn migrate_to_device(&self, command: &mut Command, range: Range<usize>) -> Result {
-        self.space
-            .migrate_parts_to_vram(clamp(&range))
-            .map_err(without_mm)?;
+        // What fails on purpose is not tried again.
+        let passes = if self.space.will_fail() { 1 } else { PASSES };
+        for pass in 0..passes {
+            if pass != 0 {
+                fsleep(PASS_PAUSE);
+            }
+            self.space
+                .migrate_parts_to_vram(clamp(&range))
+                .map_err(without_mm)?;
+            if self.space.is_mapped(clamp(&range))? {
+                break;
+            }
+        }
         check_limit(&range).map_err(|_| EINVAL)?;
         self.report(command, range)
     }
@@ -271,7 +281,7 @@ impl OpenMirror {
             let end = range.end.min(region.saturating_add(REGION_BYTES));
             protections.clear();
             protections.reserve((end - at) >> PAGE_SHIFT, GFP_KERNEL)?;
-            if at >= LIMIT {
+            if at >= ADDRESS_LIMIT {
                 protections.resize((end - at) >> PAGE_SHIFT, PROT_ERROR, GFP_KERNEL)?;
             } else {
                 self.space
@@ -319,12 +329,12 @@ fn protection(pfn: HmmPfn, in_vram: bool) -> u8 {
 
 /// The part of a range where processes can have memory.
 fn clamp(range: &Range<usize>) -> Range<usize> {
-    range.start.min(LIMIT)..range.end.min(LIMIT)
+    range.start.min(ADDRESS_LIMIT)..range.end.min(ADDRESS_LIMIT)
 }
 
 /// Refuses a range where no process can have memory, as the kernel's module does.
 fn check_limit(range: &Range<usize>) -> Result {
-    if range.end <= LIMIT {
+    if range.end <= ADDRESS_LIMIT {
         return Ok(());
     }
     Err(if range.start > LAST_START {

@@ -7,6 +7,7 @@ use crate::{
     gpu::Gpu,
     kapi::{
         chardev::{FileOps, Kind, POLLERR, POLLHUP, POLLIN},
+        mm::TASK_SIZE,
         signal::fatal_signal_pending,
     },
     svm::{jobs::MAX_JOBS, query, Space, REGION_BYTES},
@@ -27,9 +28,6 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// The nodes.
 pub(crate) static KIND: Kind = Kind::new("farfault", 64);
-
-/// Where the addresses of processes end.
-const TASK_SIZE: u64 = (1 << 47) - PAGE_SIZE as u64;
 
 /// An open file.
 pub(crate) struct OpenFile {
@@ -224,7 +222,7 @@ fn check_job(kernel: Kernel, submit: &uapi::Submit, max_waves: u32) -> Result {
 
 fn check_words(address: u64, length: u64) -> Result {
     let end = address.checked_add(length).ok_or(EINVAL)?;
-    if (address | length) % 8 != 0 || length == 0 || end > TASK_SIZE {
+    if (address | length) % 8 != 0 || length == 0 || end > TASK_SIZE as u64 {
         return Err(EINVAL);
     }
     Ok(())
@@ -232,7 +230,7 @@ fn check_words(address: u64, length: u64) -> Result {
 
 fn check_range(address: u64, length: u64) -> Result<Range<usize>> {
     let end = address.checked_add(length).ok_or(EINVAL)?;
-    if (address | length) % PAGE_SIZE as u64 != 0 || length == 0 || end > TASK_SIZE {
+    if (address | length) % PAGE_SIZE as u64 != 0 || length == 0 || end > TASK_SIZE as u64 {
         return Err(EINVAL);
     }
     Ok(address as usize..end as usize)

@@ -15,12 +15,18 @@ use kernel::{
         virt::{flags, vm_flags_t, VmaRef},
         Mm, MmWithUser, MmapReadGuard,
     },
+    page::PAGE_SIZE,
     prelude::*,
     sync::aref::ARef,
 };
 
 /// Order of what an entry of the third level maps as a whole.
 pub(crate) const PUD_ORDER: u32 = 18;
+
+/// Beyond the addresses of all processes: four levels of page tables, as the GPU has them.
+pub(crate) const ADDRESS_LIMIT: usize = 1 << 47;
+/// Where the addresses of a process end: a page before that.
+pub(crate) const TASK_SIZE: usize = ADDRESS_LIMIT - PAGE_SIZE;
 
 /// The caller's address space, with a reference on its users. `None` in a kernel thread.
 pub(crate) fn current_mm() -> Option<ARef<MmWithUser>> {

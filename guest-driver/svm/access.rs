@@ -8,14 +8,9 @@
 //!
 //! Locking: `Space::access` is the outermost of an address space's locks.
 
-use super::{
-    fault::{Fault, ADDRESS_LIMIT},
-    map::Wanted,
-    page_table::Entries,
-    Service, Space, REGION_BYTES,
-};
+use super::{fault::Fault, map::Wanted, page_table::Entries, Service, Space, REGION_BYTES};
 use crate::{
-    kapi::{bounce::Bounce, trace::Cause},
+    kapi::{bounce::Bounce, mm::ADDRESS_LIMIT, trace::Cause},
     uapi,
 };
 use core::ops::Range;

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     gpu::unless_gone,
-    kapi::{exclusive::is_not_anonymous, hmm::HmmPfn, trace},
+    kapi::{exclusive::is_not_anonymous, hmm::HmmPfn, mm::ADDRESS_LIMIT, trace},
     sort::sort_by_key,
     uapi::Advice,
     vram::BLOCK_ORDER,
@@ -36,8 +36,6 @@ pub(super) const MAX_BATCH: usize = 512;
 pub(super) const ATTEMPTS: usize = 16;
 /// Pause after a batch in which a region was given up: its waves fault again at once.
 const STUCK_PAUSE: Delta = Delta::from_millis(1);
-/// No process has memory from here on.
-pub(super) const ADDRESS_LIMIT: usize = 1 << 47;
 
 /// A fault as the device reported it.
 #[derive(Clone, Copy)]

@@ -9,7 +9,7 @@
 //! A request of the user is done in runs: one holding of the mmap lock, one look at what moved, few
 //! requests to map it.
 
-use super::{flight::Flight, page_table::PageSet, Space, REGION_BYTES};
+use super::{flight::Flight, page_table::PageSet, Service, Space, REGION_BYTES};
 use crate::{
     kapi::{
         migrate::{Collected, Migrated},
@@ -27,7 +27,7 @@ use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
     sync::atomic::Relaxed,
-    time::{Instant, Monotonic},
+    time::{delay::fsleep, Delta, Instant, Monotonic},
 };
 
 /// Most bytes of a batch to VRAM: of a hole that is larger mm finds no more than the first huge page.
@@ -42,6 +42,10 @@ const RUN_BYTES: usize = 16 * REGION_BYTES;
 const RUN_REGIONS: usize = RUN_BYTES / REGION_BYTES + 1;
 /// A run has no more pages than one part of VRAM of so many.
 const VRAM_SHARE: usize = 4;
+/// How often a request tries to move what should move, and the pause between: mm may have a page in its
+/// own hands for a moment, to compact memory for example.
+pub(crate) const PASSES: usize = 3;
+pub(crate) const PASS_PAUSE: Delta = Delta::from_millis(1);
 
 /// What came home.
 #[derive(Clone, Copy, Default)]
@@ -124,23 +128,24 @@ impl Space {
             let wanted = self.run_end(at, range.end);
             let run = at..mapped_end(&MmapLock::read(&mm), at, wanted).ok_or(EFAULT)?;
             let mut service = self.service()?;
-            let mut moved = 0;
-            if to == uapi::Place::Vram {
-                let mut all = RunPages::none(run.start);
-                all.insert(run.clone());
-                let count = |_: usize, pages: usize| moved += pages;
-                self.give_back(&mut service, &mm, run.clone());
-                self.to_vram(&mm, run.clone(), Cause::Request, Unmovable::Skip, count)?;
-                self.map_run(&mut service, &mm, &all, true);
-            } else {
-                moved = self.to_ram(&mm, run.clone(), Cause::Request)?.pages;
-            }
             let pages = run.len() >> PAGE_SHIFT;
-            let elsewhere = match to {
-                _ if moved >= pages => 0,
-                uapi::Place::Vram => pages - self.count_in_vram(&mut service, &mm, run.clone())?,
-                _ => self.count_in_vram(&mut service, &mm, run.clone())?,
-            };
+            let (mut moved, mut elsewhere) = (0, pages);
+            for pass in 0..PASSES {
+                if pass != 0 {
+                    fsleep(PASS_PAUSE);
+                }
+                moved += self.migrate_run(&mut service, &mm, run.clone(), to)?;
+                elsewhere = match to {
+                    _ if moved >= pages => 0,
+                    uapi::Place::Vram => {
+                        pages - self.count_in_vram(&mut service, &mm, run.clone())?
+                    }
+                    _ => self.count_in_vram(&mut service, &mm, run.clone())?,
+                };
+                if elsewhere == 0 {
+                    break;
+                }
+            }
             drop(service);
             total.stayed += elsewhere;
             total.moved += moved.min(pages - elsewhere);
@@ -152,6 +157,27 @@ impl Space {
             }
         }
         Ok(total)
+    }
+
+    /// One pass of [`Space::migrate`] over a run. Returns how many pages moved.
+    fn migrate_run(
+        &self,
+        service: &mut Service,
+        mm: &MmWithUser,
+        run: Range<usize>,
+        to: uapi::Place,
+    ) -> Result<usize> {
+        if to != uapi::Place::Vram {
+            return Ok(self.to_ram(mm, run, Cause::Request)?.pages);
+        }
+        let mut moved = 0;
+        let mut all = RunPages::none(run.start);
+        all.insert(run.clone());
+        let count = |_: usize, pages: usize| moved += pages;
+        self.give_back(service, mm, run.clone());
+        self.to_vram(mm, run, Cause::Request, Unmovable::Skip, count)?;
+        self.map_run(service, mm, &all, true);
+        Ok(moved)
     }
 
     /// Moves what can be moved of a range to VRAM, and maps for the GPU what moved and what was mapped
@@ -362,6 +388,11 @@ impl Space {
     /// Makes the next allocation for a migration fail, once.
     pub(crate) fn fail_next_allocation(&self, fail: bool) {
         self.fail_next.store(fail, Relaxed);
+    }
+
+    /// Whether an allocation is to fail.
+    pub(crate) fn will_fail(&self) -> bool {
+        self.fail_next.load(Relaxed)
     }
 
     /// Whether this allocation is the one that fails.
