@@ -41,6 +41,9 @@ pub(crate) struct Arguments {
     /// One round, and 16 MB the only size of migrations by our own calls: to see that it works, not to trust
     #[arg(long, conflicts_with = "rounds")]
     quick: bool,
+    /// A further argument for the guest's kernel, such as init_on_alloc=0; may be given again
+    #[arg(long, value_name = "ARGUMENT")]
+    append: Vec<String>,
     /// Write the table's figures to this file too, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -57,6 +60,7 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
         vram: VRAM.to_owned(),
         memory_mib: MEMORY_MIB,
         cpus: CPUS,
+        kernel_args: arguments.append.clone(),
         driver: Driver::None,
         ..Config::default()
     };
@@ -65,8 +69,9 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
         let rows = figures::rows(&rounds, sizes)?;
         print!("{}", table::text(&rows));
         println!(
-            "\n{}, {CPUS} vCPUs; {} in turns: figures are medians, and a ratio is the median of the rounds' ratios",
+            "\n{}, {CPUS} vCPUs{}; {} in turns: figures are medians, and a ratio is the median of the rounds' ratios",
             prepared.accel,
+            arguments.append.iter().map(|argument| format!(", {argument}")).collect::<String>(),
             match rounds.len() {
                 1 => "1 round".to_owned(),
                 count => format!("{count} rounds"),
