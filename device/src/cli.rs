@@ -50,6 +50,10 @@ pub struct Serve {
     /// End when the VM that the GPU served is gone, instead of waiting for the next one
     #[arg(long)]
     pub once: bool,
+    /// Take guest memory whose file can be made shorter, as a file of a file system: whoever does that
+    /// ends the device
+    #[arg(long)]
+    pub unsealed_memory: bool,
     /// Log more; twice for everything (RUST_LOG overrides it)
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,

@@ -11,7 +11,7 @@ use crate::{
     control_socket::ControlSocket,
     gpu::{Gpu, NewError, Settings},
     socket::{self, SocketError},
-    transport::{Device, Ended, Session},
+    transport::{Device, Ended, MemoryRule, Session},
 };
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -91,7 +91,7 @@ pub fn serve(options: &Serve) -> Result<(), ServeError> {
         device,
         Listener::from(listener),
         signals,
-        options.once,
+        options,
         Rc::clone(&phase),
     )
     .map_err(io("make an eventfd"))?;
@@ -153,6 +153,7 @@ struct FrontDoor {
     device: Arc<Device>,
     listener: Listener,
     once: bool,
+    memory: MemoryRule,
     phase: Rc<Cell<Phase>>,
     session: Option<Session>,
     session_ended: EventFd,
@@ -164,14 +165,19 @@ impl FrontDoor {
         device: Arc<Device>,
         listener: Listener,
         signals: UnixStream,
-        once: bool,
+        options: &Serve,
         phase: Rc<Cell<Phase>>,
     ) -> io::Result<Self> {
         let session_ended = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         Ok(Self {
             device,
             listener,
-            once,
+            once: options.once,
+            memory: if options.unsealed_memory {
+                MemoryRule::Unsealed
+            } else {
+                MemoryRule::Sealed
+            },
             phase,
             session: None,
             session_ended,
@@ -184,7 +190,10 @@ impl FrontDoor {
             .session_ended
             .try_clone()
             .map_err(Into::into)
-            .and_then(|ended| Session::accept(Arc::clone(&self.device), &mut self.listener, ended));
+            .and_then(|ended| {
+                let device = Arc::clone(&self.device);
+                Session::accept(device, &mut self.listener, ended, self.memory)
+            });
         match session {
             Ok(session) => {
                 log::debug!("a front end connected");

@@ -10,7 +10,13 @@
 //! the guest's CPU). A VM that is paused (`stop`, a snapshot) stops all queues, which cannot be told
 //! from a reset: its GPU is reset.
 
-use super::{Device, queues::QUEUES, ring::Ring, vring::Vring};
+use super::{
+    Device,
+    memory::{self, MemoryRule},
+    queues::QUEUES,
+    ring::Ring,
+    vring::Vring,
+};
 use crate::rate_limit::RateLimit;
 use farfault_protocol::command::MAX_DESCRIPTORS;
 use std::{
@@ -40,15 +46,17 @@ pub(super) const END_OF_SESSION: u64 = QUEUES as u64 + 1;
 /// One front end's view of the device.
 pub(super) struct Backend {
     device: Arc<Device>,
+    memory_rule: MemoryRule,
     /// A front end spoke, and not just someone who looked whether the socket is alive.
     spoken: AtomicBool,
     config_write_log: RateLimit,
 }
 
 impl Backend {
-    pub(super) fn new(device: Arc<Device>) -> Self {
+    pub(super) fn new(device: Arc<Device>, memory_rule: MemoryRule) -> Self {
         Self {
             device,
+            memory_rule,
             spoken: AtomicBool::new(false),
             config_write_log: RateLimit::default(),
         }
@@ -121,6 +129,7 @@ impl VhostUserBackend for Backend {
             "the guest's memory has {} regions",
             vm_memory::GuestMemoryBackend::num_regions(&*memory)
         );
+        memory::check(&memory, self.memory_rule)?;
         self.device.set_memory(memory)
     }
 

@@ -25,6 +25,7 @@ use super::{
 use crate::{
     control_socket::{Answer, Request, Response},
     gpu::{Gpu, Stats},
+    rate_limit::RateLimit,
 };
 use farfault_protocol::config::{ConfigSpace, queue};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -49,6 +50,7 @@ pub struct Device {
     /// No work is in flight, while someone waits for that.
     quiet: Condvar,
     config: ConfigSpace,
+    interrupt_log: RateLimit,
 }
 
 struct State {
@@ -90,6 +92,7 @@ impl Device {
             }),
             work: Condvar::new(),
             quiet: Condvar::new(),
+            interrupt_log: RateLimit::default(),
         }
     }
 
@@ -112,6 +115,11 @@ impl Device {
     /// The configuration space.
     pub(super) fn config(&self) -> &ConfigSpace {
         &self.config
+    }
+
+    /// A front end comes.
+    pub(super) fn welcome(&self) {
+        self.state.lock().queues.welcome_front_end();
     }
 
     /// Makes a ring known, which the front end has just enabled.
@@ -222,7 +230,7 @@ impl Device {
         let interrupts = state.queues.take_interrupts();
         let work = state.queues.gpu.has_work() || state.queues.to_take_up().is_some();
         drop(state);
-        interrupt(&interrupts);
+        self.interrupt(&interrupts);
         (result, work)
     }
 
@@ -269,6 +277,13 @@ impl Device {
         }
     }
 
+    /// Sends the interrupts that are due, without the lock: the guest may run at once.
+    fn interrupt(&self, due: &[Option<Ring>; QUEUES]) {
+        for ring in due.iter().flatten() {
+            ring.interrupt(&self.interrupt_log);
+        }
+    }
+
     /// Does one thing that a worker would do; whether there was one. For a device without workers.
     pub(super) fn work_once(&self) -> bool {
         let mut state = self.state.lock();
@@ -300,13 +315,13 @@ impl Device {
                 return Err(state);
             }
             drop(state);
-            interrupt(&interrupts);
+            self.interrupt(&interrupts);
             return Ok(());
         };
         let memory = Arc::clone(&state.queues.memory);
         let more = state.queues.gpu.has_work();
         drop(state);
-        interrupt(&interrupts);
+        self.interrupt(&interrupts);
         if more {
             self.work.notify_one();
         }
@@ -320,13 +335,6 @@ impl Device {
             }
         });
         Ok(())
-    }
-}
-
-/// Sends the interrupts that are due, without the lock: the guest may run at once.
-fn interrupt(due: &[Option<Ring>; QUEUES]) {
-    for ring in due.iter().flatten() {
-        ring.interrupt();
     }
 }
 

@@ -5,12 +5,12 @@
 //! It calls what `vhost-user-backend` calls when messages come, and does the workers' work when it is
 //! told to. What that crate checks in messages themselves is not here.
 
-use super::{Device, backend::Backend, vring::Vring};
+use super::{Device, MemoryRule, backend::Backend, vring::Vring};
 use crate::gpu::Gpu;
 use farfault_protocol::config::queue;
 use std::{io, sync::Arc};
 use vhost_user_backend::{VhostUserBackend, VringT};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 /// Where a ring is, in the guest's RAM.
@@ -40,7 +40,8 @@ impl Local {
     /// A device with this GPU and no workers, for a guest without RAM.
     pub fn new(gpu: Gpu) -> Result<Self, virtio_queue::Error> {
         let device = Arc::new(Device::new(gpu));
-        let backend = Backend::new(Arc::clone(&device));
+        device.welcome();
+        let backend = Backend::new(Arc::clone(&device), MemoryRule::Sealed);
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let most = u16::try_from(backend.max_queue_size()).unwrap_or(u16::MAX);
         let vrings = (0..queue::COUNT).map(|_| Vring::new(memory.clone(), most));
@@ -58,7 +59,8 @@ impl Local {
             Ok(guard) => guard.replace(memory),
             Err(_) => return Err(io::Error::other("the memory's lock is poisoned")),
         }
-        self.backend.update_memory(self.memory.clone())
+        // Not by the back end, which wants files.
+        self.device.set_memory(self.memory.memory().into_inner())
     }
 
     /// Sets up and starts a ring. Refused if an address is one that no ring may have.
@@ -99,13 +101,15 @@ impl Local {
         self.device.work_once()
     }
 
-    /// The front end goes away.
+    /// The front end goes away, and another comes.
     pub fn disconnect(&self) -> io::Result<()> {
         for vring in &self.vrings {
             vring.set_queue_ready(false);
             vring.set_enabled(false);
         }
-        self.device.detach()
+        self.device.detach()?;
+        self.device.welcome();
+        Ok(())
     }
 
     /// Reads the configuration space: `GET_CONFIG`.

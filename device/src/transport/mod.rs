@@ -6,6 +6,7 @@
 //! | `chain` | walks and copies one descriptor chain | commands, the GPU |
 //! | `vring` | the crate's virtqueue, made safe against a race of kicks | everything else |
 //! | `ring` | one virtqueue: take, give back, interrupt | commands, the GPU |
+//! | `memory` | which memory tables can be used | rings, requests |
 //! | `queues` | carries requests, replies and events between rings and GPU | threads, sockets |
 //! | `device` | the lock, the threads, waiting for quiet | descriptors, vhost-user |
 //! | `backend` | what the front end may ask | the GPU's inside |
@@ -18,11 +19,13 @@ mod backend;
 mod chain;
 mod device;
 pub mod local;
+mod memory;
 mod queues;
 mod ring;
 mod session;
 mod vring;
 
 pub use device::{Device, Workers};
+pub use memory::MemoryRule;
 pub use queues::TransportStats;
 pub use session::{Ended, Session, SessionError};

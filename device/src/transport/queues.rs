@@ -60,6 +60,8 @@ pub(super) struct Queues {
     pub(super) memory: Arc<GuestMemoryMmap>,
     /// Counters.
     pub(super) stats: TransportStats,
+    /// Between its connection and its end.
+    has_front_end: bool,
     rings: [Option<Ring>; QUEUES],
     max_request: usize,
     /// Requests whose reply comes later, by tag.
@@ -98,6 +100,7 @@ impl Queues {
             gpu,
             memory: Arc::default(),
             stats: TransportStats::default(),
+            has_front_end: false,
             rings: [const { None }; QUEUES],
             max_request,
             pending: HashMap::new(),
@@ -110,8 +113,16 @@ impl Queues {
         }
     }
 
-    /// Makes a ring known, which the front end has just enabled.
+    /// A front end comes: its rings may be attached.
+    pub(super) fn welcome_front_end(&mut self) {
+        self.has_front_end = true;
+    }
+
+    /// Makes a ring known, which the front end has just enabled. Nothing if it is gone already.
     pub(super) fn attach(&mut self, index: u16, ring: impl FnOnce() -> Ring) {
+        if !self.has_front_end {
+            return;
+        }
         if let Some(slot) = self.rings.get_mut(usize::from(index)) {
             slot.get_or_insert_with(ring);
         }
@@ -133,19 +144,22 @@ impl Queues {
     /// Forgets the front end: its rings and its memory.
     pub(super) fn forget_front_end(&mut self) {
         self.forget_requests();
+        self.has_front_end = false;
         self.rings = [const { None }; QUEUES];
         self.memory = Arc::default();
     }
 
     /// Tells the driver of queue `index` not to kick, as its chains are being taken.
     pub(super) fn begin(&mut self, index: u16) {
-        let result = self.ring(index).map(Ring::disable_kicks);
+        let result = self
+            .ring(index)
+            .map(|ring| ring.disable_kicks(&self.memory));
         self.check_ring(index, result.unwrap_or(Ok(())));
     }
 
     /// Asks for kicks of queue `index` again; whether there are chains that had none.
     pub(super) fn end(&mut self, index: u16) -> bool {
-        let result = self.ring(index).map(Ring::enable_kicks);
+        let result = self.ring(index).map(|ring| ring.enable_kicks(&self.memory));
         self.check_ring(index, result.unwrap_or(Ok(false)))
             .unwrap_or(false)
     }
@@ -232,7 +246,7 @@ impl Queues {
             let Some(ring) = self.rings[index].as_mut() else {
                 continue;
             };
-            let result = ring.interrupt_is_due();
+            let result = ring.interrupt_is_due(&self.memory);
             if self.check_ring(index as u16, result) == Some(true) {
                 self.stats.interrupts += 1;
                 slot.clone_from(&self.rings[index]);
@@ -347,7 +361,7 @@ impl Queues {
 
     fn give_back(&mut self, index: u16, head: u16, written: u32) {
         if let Some(Some(ring)) = self.rings.get_mut(usize::from(index)) {
-            let result = ring.give_back(head, written);
+            let result = ring.give_back(&self.memory, head, written);
             self.check_ring(index, result);
         }
     }

@@ -4,9 +4,13 @@
 //! All of it is called with the lock of [`super::Device`] held, so that a ring that was stopped under
 //! that lock is not touched afterwards. The vring's own lock inside only orders this against the
 //! vhost-user thread, which changes addresses and file descriptors.
+//!
+//! The memory is always the caller's: the vring has one of its own, which the front end replaces before
+//! anybody has checked it.
 
 use super::vring::Vring;
-use std::sync::Arc;
+use crate::rate_limit::RateLimit;
+use std::{io, sync::Arc};
 use vhost_user_backend::VringT;
 use virtio_queue::{DescriptorChain, Error, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
@@ -56,7 +60,12 @@ impl Ring {
     }
 
     /// Gives chain `head` back, `written` bytes of it written.
-    pub(super) fn give_back(&mut self, head: u16, written: u32) -> Result<(), Error> {
+    pub(super) fn give_back(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        head: u16,
+        written: u32,
+    ) -> Result<(), Error> {
         if !self.is_running() {
             return Ok(());
         }
@@ -64,39 +73,47 @@ impl Ring {
         if head >= self.size() {
             return Err(Error::InvalidDescriptorIndex);
         }
-        self.vring.add_used(head, written)?;
+        let mut vring = self.vring.get_mut();
+        vring.get_queue_mut().add_used(memory, head, written)?;
+        drop(vring);
         self.given_back = true;
         Ok(())
     }
 
     /// Whether the driver wants an interrupt for what was given back since the last call.
-    pub(super) fn interrupt_is_due(&mut self) -> Result<bool, Error> {
+    pub(super) fn interrupt_is_due(&mut self, memory: &GuestMemoryMmap) -> Result<bool, Error> {
         if !std::mem::take(&mut self.given_back) || !self.is_running() {
             return Ok(false);
         }
-        self.vring.needs_notification()
+        let mut vring = self.vring.get_mut();
+        vring.get_queue_mut().needs_notification(memory)
     }
 
     /// Interrupts the driver. Needs no lock.
-    pub(super) fn interrupt(&self) {
-        if let Err(error) = self.vring.signal_used_queue() {
-            log::warn!("cannot interrupt the guest: {error}");
+    pub(super) fn interrupt(&self, log: &RateLimit) {
+        match self.vring.signal_used_queue() {
+            // It is full: the guest has not taken what it was told before.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => log.warn(|| format!("cannot interrupt the guest: {error}")),
+            Ok(()) => {}
         }
     }
 
     /// Tells the driver that it need not kick.
-    pub(super) fn disable_kicks(&self) -> Result<(), Error> {
+    pub(super) fn disable_kicks(&self, memory: &GuestMemoryMmap) -> Result<(), Error> {
         if self.is_running() {
-            self.vring.disable_notification()
+            let mut vring = self.vring.get_mut();
+            vring.get_queue_mut().disable_notification(memory)
         } else {
             Ok(())
         }
     }
 
     /// Asks for kicks again; whether chains arrived meanwhile, whose kick may be missing.
-    pub(super) fn enable_kicks(&self) -> Result<bool, Error> {
+    pub(super) fn enable_kicks(&self, memory: &GuestMemoryMmap) -> Result<bool, Error> {
         if self.is_running() {
-            self.vring.enable_notification()
+            let mut vring = self.vring.get_mut();
+            vring.get_queue_mut().enable_notification(memory)
         } else {
             Ok(false)
         }

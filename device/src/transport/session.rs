@@ -2,12 +2,13 @@
 //! The time that one front end is connected.
 //!
 //! A session has a thread of its own, which waits for the connection to end and then tidies up:
-//! queue threads ended, the guest's memory unmapped, the GPU reset. After it the next front end may
+//! the GPU reset, queue threads ended, the guest's memory unmapped. After it the next front end may
 //! come.
 
 use super::{
     Device,
     backend::{Backend, END_OF_SESSION},
+    memory::MemoryRule,
 };
 use std::{
     io,
@@ -55,9 +56,11 @@ impl Session {
         device: Arc<Device>,
         listener: &mut Listener,
         ended: EventFd,
+        memory: MemoryRule,
     ) -> Result<Self, SessionError> {
-        let backend = Arc::new(Backend::new(Arc::clone(&device)));
+        let backend = Arc::new(Backend::new(Arc::clone(&device), memory));
         let mut service = Service::new(Arc::clone(&backend))?;
+        device.welcome();
         service
             .daemon
             .start(listener)
@@ -67,10 +70,12 @@ impl Session {
             .name("session".into())
             .spawn(move || {
                 report_end(service.daemon.wait());
-                drop(service);
+                // First: a queue's thread ends when its ring is gone, and perhaps not before, as the
+                // driver may add requests as long as it lives.
                 if let Err(error) = device.detach() {
                     log::error!("the GPU cannot be reset after its VM: {error}");
                 }
+                drop(service);
                 let outcome = if backend.has_spoken() {
                     Ended::Served
                 } else {

@@ -4,7 +4,8 @@
 //! `vhost-user-backend` (0.24) learns from epoll that a ring was kicked and then reads the kick's
 //! file descriptor; if there is nothing to read, the queue's thread ends. That happens when the front
 //! end replaces the descriptor in between, as it does at every reset of the guest's driver. Here an
-//! empty kick is no error, and none blocks. All else is the crate's.
+//! empty kick is no error. Nor does a kick or an interrupt block, whatever file the front end sent for
+//! it. All else is the crate's.
 
 use std::{fs::File, io};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
@@ -31,12 +32,7 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_kick(&self, file: Option<File>) {
-        if let Some(file) = &file {
-            if let Err(error) = rustix::io::ioctl_fionbio(file, true) {
-                log::warn!("a kick may block its queue's thread: {error}");
-            }
-        }
-        self.0.set_kick(file);
+        self.0.set_kick(file.and_then(non_blocking));
     }
 
     fn read_kick(&self) -> io::Result<bool> {
@@ -113,10 +109,21 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_call(&self, file: Option<File>) {
-        self.0.set_call(file);
+        self.0.set_call(file.and_then(non_blocking));
     }
 
     fn set_err(&self, file: Option<File>) {
         self.0.set_err(file);
+    }
+}
+
+/// The file, if it can be made such that neither reading nor writing waits.
+fn non_blocking(file: File) -> Option<File> {
+    match rustix::io::ioctl_fionbio(&file, true) {
+        Ok(()) => Some(file),
+        Err(error) => {
+            log::warn!("a file for kicks or interrupts is none that can be used: {error}");
+            None
+        }
     }
 }

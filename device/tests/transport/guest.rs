@@ -14,7 +14,8 @@ use farfault_protocol::{
     pte::{self, Location, Pte},
     submit::{self, CopyRun, Kernel, Launch},
 };
-use std::{os::unix::net::UnixStream, time::Duration};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use std::{fs::File, os::unix::net::UnixStream, time::Duration};
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
     vhost_user::{
@@ -47,6 +48,8 @@ const PROTOCOL_FEATURES: u64 = 1 << 30;
 
 /// A virtual machine with the GPU in it, as far as the device can tell.
 pub(crate) struct Guest {
+    /// What the front end talks through, for words that it does not know.
+    pub(crate) socket: UnixStream,
     pub(crate) frontend: Frontend,
     pub(crate) memory: GuestMemoryMmap,
     pub(crate) rings: [Ring; 3],
@@ -75,6 +78,7 @@ impl Guest {
     pub(crate) fn connect(device: &Device) -> Self {
         let stream = UnixStream::connect(device.socket()).expect("the device listens");
         stream.set_read_timeout(Some(DEADLINE)).expect("a deadline");
+        let socket = stream.try_clone().expect("a second descriptor");
         let mut frontend = Frontend::from_stream(stream, 3);
         frontend.set_owner().expect("SET_OWNER");
         let features = frontend.get_features().expect("GET_FEATURES");
@@ -97,6 +101,7 @@ impl Guest {
         set_memory(&frontend, &memory);
         let rings = [0, 1, 2].map(|index| Ring::new(&memory, index, RING_SIZE));
         Self {
+            socket,
             frontend,
             memory,
             rings,
@@ -362,16 +367,22 @@ fn slot(queue: u16, head: u16) -> u64 {
 
 /// Guest RAM that another process can map.
 pub(crate) fn new_memory() -> GuestMemoryMmap {
-    let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd");
-    let file = std::fs::File::from(file);
-    file.set_len(GUEST_SIZE as u64)
-        .expect("a memfd has any size");
+    let file = memory_file(GUEST_SIZE as u64);
+    fcntl_add_seals(&file, SealFlags::SHRINK).expect("a memfd can be sealed");
     GuestMemoryMmap::from_ranges_with_files([(
         GuestAddress(GUEST_BASE),
         GUEST_SIZE,
         Some(FileOffset::new(file, 0)),
     )])
     .expect("RAM can be mapped")
+}
+
+/// A file in memory, as QEMU makes one, and not sealed yet.
+pub(crate) fn memory_file(size: u64) -> File {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(memfd_create("guest", flags).expect("a memfd"));
+    file.set_len(size).expect("a memfd has any size");
+    file
 }
 
 /// Tells the device about its RAM.

@@ -9,6 +9,7 @@ mod control_socket;
 mod device;
 mod fuzz;
 mod guest;
+mod hostile;
 mod life;
 mod requests;
 mod ring;
