@@ -54,6 +54,10 @@ pub struct Serve {
     /// ends the device
     #[arg(long)]
     pub unsealed_memory: bool,
+    /// Keep all rights: without this, the running device can open no file, run no program and connect to
+    /// nobody
+    #[arg(long)]
+    pub no_sandbox: bool,
     /// Log more; twice for everything (RUST_LOG overrides it)
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,

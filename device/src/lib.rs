@@ -7,6 +7,7 @@
 //! | [`transport`] | the hardware as a vhost-user device |
 //! | [`control_socket`] | questions about a running GPU |
 //! | [`server`] | the process: sockets, signals, one VM after the other |
+//! | [`sandbox`] | what the process gives up |
 //! | [`cli`] | the command line |
 //!
 //! `gpu` imports none of the others; only `server` and `main.rs` know all of them.
@@ -15,6 +16,7 @@ pub mod cli;
 pub mod control_socket;
 pub mod gpu;
 mod rate_limit;
+pub mod sandbox;
 pub mod server;
 pub mod socket;
 pub mod transport;

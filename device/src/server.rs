@@ -10,6 +10,7 @@ use crate::{
     cli::Serve,
     control_socket::ControlSocket,
     gpu::{Gpu, NewError, Settings},
+    sandbox::{self, SandboxError},
     socket::{self, SocketError},
     transport::{Device, Ended, MemoryRule, Session},
 };
@@ -19,6 +20,7 @@ use std::{
     cell::Cell,
     io::{self, Read},
     os::{fd::AsRawFd, unix::net::UnixStream},
+    path::PathBuf,
     rc::Rc,
     sync::Arc,
     thread,
@@ -49,6 +51,9 @@ pub enum ServeError {
         /// Why.
         source: io::Error,
     },
+    /// The sandbox cannot be entered.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The event loop broke.
     #[error("the event loop failed: {0}")]
     EventLoop(#[from] event_manager::Error),
@@ -79,6 +84,12 @@ pub fn serve(options: &Serve) -> Result<(), ServeError> {
         let control = ControlSocket::new(listener, Arc::<Device>::clone(&device))
             .map_err(io("set up the control socket"))?;
         manager.add_subscriber(Box::new(control));
+    }
+
+    // From here on all is open that will ever be, and no thread but this one runs.
+    if !options.no_sandbox {
+        let sockets = [Some(&options.socket), options.control.as_ref()];
+        sandbox::enter(sockets.into_iter().flatten().map(PathBuf::as_path))?;
     }
 
     let workers = options.threads.unwrap_or_else(default_workers);

@@ -113,12 +113,14 @@ impl Device {
         }
     }
 
+    /// The process's folder in `/proc`.
+    pub(crate) fn proc(&self) -> PathBuf {
+        Path::new("/proc").join(self.child.id().to_string())
+    }
+
     /// Bytes of memory that are the process's own: neither the guest's RAM nor file pages.
     pub(crate) fn private_memory(&self) -> u64 {
-        let path = Path::new("/proc")
-            .join(self.child.id().to_string())
-            .join("statm");
-        let statm = fs::read_to_string(path).expect("statm");
+        let statm = fs::read_to_string(self.proc().join("statm")).expect("statm");
         let pages: Vec<u64> = statm
             .split(' ')
             .filter_map(|field| field.trim().parse().ok())
@@ -128,13 +130,9 @@ impl Device {
 
     /// Number of file descriptors that the process has open.
     pub(crate) fn open_files(&self) -> usize {
-        fs::read_dir(
-            Path::new("/proc")
-                .join(self.child.id().to_string())
-                .join("fd"),
-        )
-        .expect("the list of file descriptors")
-        .count()
+        fs::read_dir(self.proc().join("fd"))
+            .expect("the list of file descriptors")
+            .count()
     }
 
     /// Ends the process and returns what it logged.

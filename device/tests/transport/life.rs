@@ -13,7 +13,8 @@ use farfault_protocol::{
 };
 use rustix::process::Signal;
 use std::{
-    os::unix::net::UnixStream,
+    fs,
+    os::unix::{fs::PermissionsExt, net::UnixStream},
     process::Command,
     thread,
     time::{Duration, Instant},
@@ -168,6 +169,42 @@ fn once_ends_with_the_first_vm_but_not_with_someone_who_only_looks() {
     drop(guest);
     assert!(device.wait().success());
     assert!(!device.socket().exists() && !device.control().exists());
+}
+
+/// What `/proc` says of each thread of the process.
+fn seccomp_of_threads(device: &Device) -> Vec<String> {
+    let tasks = fs::read_dir(device.proc().join("task")).unwrap();
+    let status = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap());
+    let line = |status: String| {
+        status
+            .lines()
+            .find_map(|l| l.strip_prefix("Seccomp:").map(Into::into))
+    };
+    status.filter_map(line).collect()
+}
+
+#[test]
+fn running_device_is_in_its_sandbox_with_all_its_threads() {
+    for (options, mode) in [(&[][..], "2"), (&["--no-sandbox"][..], "0")] {
+        let device = Device::start_with(&[&["--vram", "4M"], options].concat());
+        let mut guest = Guest::boot(&device);
+        guest.control_ok(&nop());
+        let threads = seccomp_of_threads(&device);
+        assert!(threads.len() > 5, "{threads:?}");
+        assert!(
+            threads.iter().all(|of_one| of_one.trim() == mode),
+            "{threads:?}"
+        );
+    }
+}
+
+#[test]
+fn sockets_are_their_owners_alone() {
+    let device = Device::start();
+    for path in [device.socket(), device.control()] {
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{}", path.display());
+    }
 }
 
 #[test]
