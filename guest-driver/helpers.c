@@ -109,6 +109,11 @@ bool farfault_c_folio_is_charged(struct folio *folio)
 	return mem_cgroup_disabled() || folio_memcg_charged(folio);
 }
 
+bool farfault_c_folio_test_ksm(const struct folio *folio)
+{
+	return folio_test_ksm(folio);
+}
+
 /* Large folios: how hard to try. Single pages are always tried for as page faults do. */
 #define MOVABLE_GFP(order, retry)								\
 	(!(order) ? GFP_HIGHUSER_MOVABLE :							\

@@ -199,6 +199,19 @@ impl<T: IntervalOps> Valid<'_, T> {
         (self.pfns, &mut self.guard)
     }
 
+    /// Whether KSM has merged the page with others.
+    pub(crate) fn is_merged(&self, index: usize) -> bool {
+        let entry = self.pfns.get(index).filter(|entry| entry.is_valid());
+        let Some(entry) = entry.filter(|entry| !entry.is_error()) else {
+            return false;
+        };
+        // SAFETY: By the type invariant the CPU's page tables still map the page, which keeps its folio.
+        unsafe {
+            let page = bindings::farfault_c_pfn_to_page(entry.0 & FRAME);
+            bindings::farfault_c_folio_test_ksm(bindings::farfault_c_page_folio(page))
+        }
+    }
+
     /// Tells the core that the device may write the page. Due for each page that is mapped
     /// writable: the CPU's entry can be writable and clean, and a clean page may be dropped.
     /// Entries that are not writable are left alone.

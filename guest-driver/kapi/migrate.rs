@@ -238,7 +238,9 @@ impl<'a> Collected<'a> {
         range: Range<usize>,
         owner: Owner,
     ) -> Result<Self> {
-        Self::vma(Kind::SystemToDevice, vma, range, owner, ptr::null_mut())
+        let mut collected = Self::vma(Kind::SystemToDevice, vma, range, owner, ptr::null_mut())?;
+        collected.raw.src_mut().iter_mut().for_each(leave_if_ksm);
+        Ok(collected)
     }
 
     /// The device pages of `owner` in `range`, which must be in `vma`. Fails like
@@ -551,15 +553,32 @@ fn order_of(entry: usize) -> u32 {
 /// `folio_put()`. It is not charged to a memory cgroup, so what takes its place would not be either,
 /// and the core looks for the LRU list of that for ever (`docs/kernel-findings.md`).
 fn leave_if_uncharged(src: &mut usize) {
+    // SAFETY: `leave_if` passes a folio that is locked and referenced.
+    leave_if(src, |folio| unsafe {
+        !bindings::farfault_c_folio_is_charged(folio)
+    });
+}
+
+/// Lets a page be that KSM has merged. The core would move it, but ksmd goes on to compare other pages
+/// with it, by an address that memory of a device does not have (`docs/kernel-findings.md`).
+fn leave_if_ksm(src: &mut usize) {
+    // SAFETY: `leave_if` passes a folio that is locked and referenced.
+    leave_if(src, |folio| unsafe {
+        bindings::farfault_c_folio_test_ksm(folio)
+    });
+}
+
+/// Lets a collected folio be for which `is_so`.
+fn leave_if(src: &mut usize, is_so: impl FnOnce(*mut bindings::folio) -> bool) {
     if *src & (VALID | MIGRATE) != VALID | MIGRATE {
         return;
     }
     // SAFETY: The folio is locked and referenced for this migration.
-    let charged = unsafe {
+    let folio = unsafe {
         let page = bindings::farfault_c_pfn_to_page(*src >> SHIFT);
-        bindings::farfault_c_folio_is_charged(bindings::farfault_c_page_folio(page))
+        bindings::farfault_c_page_folio(page)
     };
-    if !charged {
+    if is_so(folio) {
         *src &= !MIGRATE;
     }
 }

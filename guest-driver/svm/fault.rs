@@ -250,14 +250,20 @@ impl Space {
             return 0;
         };
         // What is where now; a hint that may be out of date when it is used.
-        let mut known = self.look(mm, &map, region..end, &mut service.pfns).is_ok();
-        if known && self.break_sharing(service, mm, &map, faults) {
-            known = self.look(mm, &map, region..end, &mut service.pfns).is_ok();
+        let look = |service: &mut Service| {
+            self.look_for_merged(mm, &map, region..end, &mut service.pfns, faults)
+        };
+        let mut merged = look(service);
+        if merged.is_ok() && self.break_sharing(service, mm, &map, faults) {
+            merged = look(service);
         }
+        let known = merged.is_ok();
+        let merged = merged.unwrap_or(PageSet::EMPTY);
         let mut done = region;
         let mut moved = 0;
         for fault in faults {
-            if fault.page < done {
+            // Only an attempt to move a merged page would unmap it for all that share it.
+            if fault.page < done || merged.has(fault.index()) {
                 continue;
             }
             let entry = service.pfns.get(fault.index()).copied();

@@ -71,6 +71,29 @@ impl Space {
             .map(|_| ())
     }
 
+    /// Likewise; tells which of the pages with faults KSM has merged.
+    pub(super) fn look_for_merged(
+        &self,
+        mm: &MmWithUser,
+        map: &Pagemap,
+        range: Range<usize>,
+        pfns: &mut [HmmPfn],
+        faults: &[Fault],
+    ) -> Result<PageSet> {
+        pfns.iter_mut().for_each(|p| *p = HmmPfn::NONE);
+        let lock = MmapLock::read(mm);
+        let snapshot = self.mirror.range_fault(&lock, range, map.owner(), pfns)?;
+        drop(lock);
+        let mut merged = PageSet::EMPTY;
+        if let Some(valid) = snapshot.lock() {
+            let indexes = faults.iter().map(Fault::index);
+            indexes
+                .filter(|&index| valid.is_merged(index))
+                .for_each(|index| merged.insert(index));
+        }
+        Ok(merged)
+    }
+
     /// Tables for a mapping at `address`, where some may be missing.
     pub(super) fn supplies(&self, address: usize) -> Result<Supplies> {
         let tables = self.mirror.lock();

@@ -4,6 +4,7 @@
 
 mod fork;
 mod fork_order;
+mod ksm;
 mod madvise;
 mod mlock;
 mod mprotect;
@@ -22,4 +23,5 @@ pub(super) const GROUPS: &[&[Case]] = &[
     munmap::CASES,
     madvise::CASES,
     mlock::CASES,
+    ksm::CASES,
 ];
