@@ -12,6 +12,7 @@
 #include <linux/sched/clock.h>
 #include <linux/sched/signal.h>
 #include <linux/spinlock.h>
+#include <linux/userfaultfd_k.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 
@@ -154,6 +155,11 @@ bool farfault_c_vma_is_anonymous(struct vm_area_struct *vma)
 bool farfault_c_vma_is_dax(struct vm_area_struct *vma)
 {
 	return vma_is_dax(vma);
+}
+
+bool farfault_c_userfaultfd_armed(struct vm_area_struct *vma)
+{
+	return userfaultfd_armed(vma);
 }
 
 bool farfault_c_mmu_notifier_range_blockable(const struct mmu_notifier_range *range)

@@ -51,6 +51,7 @@ void farfault_c_release_mem_region(resource_size_t start, resource_size_t n);
 
 bool farfault_c_vma_is_anonymous(struct vm_area_struct *vma);
 bool farfault_c_vma_is_dax(struct vm_area_struct *vma);
+bool farfault_c_userfaultfd_armed(struct vm_area_struct *vma);
 
 bool farfault_c_mmu_notifier_range_blockable(const struct mmu_notifier_range *range);
 void farfault_c_mmu_interval_set_seq(struct mmu_interval_notifier *mni, unsigned long seq);

@@ -63,6 +63,15 @@ impl<'mm> MmapLock<'mm> {
         }
     }
 
+    /// Somebody else has given the lock up.
+    ///
+    /// # Safety
+    ///
+    /// So it is.
+    pub(super) unsafe fn was_given_up(self) {
+        core::mem::forget(self);
+    }
+
     /// Whose lock this is.
     pub(crate) fn mm(&self) -> &'mm MmWithUser {
         self.mm
@@ -109,6 +118,11 @@ impl<'a> Vma<'a> {
     /// Loads are allowed. Without, it may be no more than reserved addresses.
     pub(crate) fn is_readable(&self) -> bool {
         self.has(flags::READ)
+    }
+
+    /// Stores are allowed.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.has(flags::WRITE)
     }
 
     /// Other processes may have it, too, and see what is written.

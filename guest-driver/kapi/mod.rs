@@ -22,6 +22,7 @@
 //! | [`signal`] | `fatal_signal_pending()` |
 //! | [`spinlock_irq`] | `spin_lock_irqsave()` |
 //! | [`trace`] | the driver's trace events |
+//! | [`userfault`] | page faults that wait for the handler of a userfaultfd |
 //! | [`virtio`] | the virtio bus |
 //! | [`virtqueue`] | virtqueues |
 //! | [`workqueue`] | a workqueue of one's own |
@@ -42,6 +43,7 @@ pub(crate) mod poll;
 pub(crate) mod signal;
 pub(crate) mod spinlock_irq;
 pub(crate) mod trace;
+pub(crate) mod userfault;
 pub(crate) mod virtio;
 pub(crate) mod virtqueue;
 pub(crate) mod workqueue;

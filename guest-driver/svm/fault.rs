@@ -7,7 +7,8 @@
 //!
 //! A region that keeps changing while it is looked at is given up after some attempts and replayed
 //! all the same, after a pause: its waves fault again and queue behind everybody else. So no fault
-//! starves another, and the worker never spins.
+//! starves another, and the worker never spins. Likewise a page for which the handler of a userfaultfd
+//! is asked: it is waited for a short while, and then again after the others.
 
 use super::{
     map::{Obstacle, Wanted},
@@ -202,8 +203,8 @@ impl Space {
                 self.trace_fault(faults, 0);
                 replayed
             }
-            // One of them is to blame: each by itself.
-            Err(error) if is_refusal(error) => {
+            // One of them is to blame, or has to wait: each by itself.
+            Err(error) if is_refusal(error) || error == EAGAIN => {
                 for fault in faults {
                     let one = core::slice::from_ref(fault);
                     let mut wanted = Wanted::of(one);
@@ -212,7 +213,11 @@ impl Space {
                             let _ = service.failed.push_within_capacity(fault.sequence);
                             self.trace_fault(one, error.to_errno());
                         }
-                        _ => self.trace_fault(one, 0),
+                        Err(error) => {
+                            service.stuck = true;
+                            self.trace_fault(one, error.to_errno());
+                        }
+                        Ok(_) => self.trace_fault(one, 0),
                     }
                 }
                 false
@@ -346,7 +351,7 @@ impl Space {
     /// of attempts. Returns whether the replay that `through` asks for was sent along.
     ///
     /// `EBUSY`: the region kept changing. `EFAULT`, `EPERM`, `EINVAL`: a page is not there, or not
-    /// for this access.
+    /// for this access. `EAGAIN`: as for [`Space::fault_in`].
     pub(super) fn map_wanted(
         &self,
         service: &mut Service,

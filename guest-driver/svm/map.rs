@@ -12,7 +12,7 @@ use super::{
     Service, Space, REGION_BYTES,
 };
 use crate::{
-    kapi::{hmm::HmmPfn, mm::MmapLock},
+    kapi::{hmm::HmmPfn, mm::MmapLock, userfault},
     svm::page_table::{Entries, PageSet, Supplies},
     uapi::Advice,
     vram::{VramPage, BLOCK_ORDER, BLOCK_PAGES},
@@ -23,11 +23,13 @@ use farfault_protocol::{
     event::Access,
     pte::{Location, Pte},
 };
-use kernel::{mm::MmWithUser, page::PAGE_SHIFT, prelude::*};
+use kernel::{mm::MmWithUser, page::PAGE_SHIFT, prelude::*, time::Delta};
 
 /// Size, in pages, of the aligned group around a fault that is mapped along with it, as far as the
 /// CPU has the pages already.
 const MAP_AROUND: usize = BLOCK_PAGES / u64::BITS as usize;
+/// How long a fault waits for the handler of a userfaultfd before others have their turn.
+const HANDLER_WAIT: Delta = Delta::from_millis(10);
 /// Regions that are looked at and mapped at once.
 pub(super) const GROUP: usize = 8;
 /// Page-table runs for tables of one region, at most.
@@ -254,7 +256,8 @@ impl Space {
     }
 
     /// Makes the CPU have pages of a region, for stores or only for loads; no others. `EFAULT`, `EPERM`:
-    /// one is not mapped, or not so.
+    /// one is not mapped, or not so. `EAGAIN`: the handler of a userfaultfd has been asked for one, and
+    /// takes its time.
     pub(super) fn fault_in(
         &self,
         service: &mut Service,
@@ -275,6 +278,17 @@ impl Space {
             let request = HmmPfn::request(true, write);
             service.pfns.fill(request);
             let lock = MmapLock::read(mm);
+            let vma = lock.vma_lookup(run.start).ok_or(EFAULT)?;
+            if vma.has_userfaultfd() {
+                if !userfault::fault_in(lock, run.start, write, HANDLER_WAIT)? {
+                    return Err(EAGAIN);
+                }
+                next = first + 1;
+                continue;
+            }
+            // What is behind may be watched.
+            let run = run.start..run.end.min(vma.end());
+            let end = first + (run.len() >> PAGE_SHIFT);
             let owner = map.owner();
             let faulted = self
                 .mirror

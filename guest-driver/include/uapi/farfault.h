@@ -228,7 +228,8 @@ struct farfault_stats {
  * Only private anonymous memory can be taken, with what a private mapping of a file has of its own.
  * For atomics on other memory in RAM the GPU and the CPU share the page, and their atomics are
  * atomic towards each other.
- *   EFAULT      part of the range is not mapped, or may not be written
+ *   EFAULT      part of the range is not mapped, or may not be written, or waits for the handler of a
+ *               userfaultfd
  *   EOPNOTSUPP  part of the range is of another kind: a shared mapping, hugetlbfs
  *   ENOMEM      no memory to bring pages home, or for pages that were never touched
  *   EBUSY       pages of the range kept changing

@@ -11,6 +11,8 @@ mod mprotect;
 mod mremap;
 mod munmap;
 mod start;
+mod userfault;
+mod userfaultfd;
 
 use crate::guest::Case;
 
@@ -24,4 +26,5 @@ pub(super) const GROUPS: &[&[Case]] = &[
     madvise::CASES,
     mlock::CASES,
     ksm::CASES,
+    userfaultfd::CASES,
 ];
