@@ -35,6 +35,11 @@ const SPLATS: [&str; 22] = [
     "new suspected memory leaks",
 ];
 
+/// The OOM killer tells whom it kills, and why, with a stack: that is its work. The stack comes so many
+/// lines after this text at most.
+const OOM_KILLER: &str = "invoked oom-killer:";
+const OOM_KILLER_HEAD: usize = 6;
+
 /// How many lines before and after its first one an error shows of a splat.
 const LINES_BEFORE: usize = 3;
 const LINES_AFTER: usize = 40;
@@ -136,6 +141,10 @@ fn find_splat(text: &str, known: &[KnownReport]) -> Option<String> {
             + rest
                 .iter()
                 .position(|line| SPLATS.iter().any(|splat| line.contains(splat)))?;
+        if is_of_oom_killer(&lines, first) {
+            from = first + 1;
+            continue;
+        }
         let report = lines.get(first..)?;
         let length = report.iter().position(|line| line.contains(KASAN_RULE));
         match length.and_then(|length| report.get(..length)) {
@@ -158,6 +167,15 @@ fn find_splat(text: &str, known: &[KnownReport]) -> Option<String> {
             .collect::<Vec<_>>()
             .join("\n"),
     )
+}
+
+/// Whether the stack that begins in this line is the OOM killer's.
+fn is_of_oom_killer(lines: &[&str], at: usize) -> bool {
+    let head = lines.get(at.saturating_sub(OOM_KILLER_HEAD)..at);
+    lines
+        .get(at)
+        .is_some_and(|line| line.contains("Call Trace:"))
+        && head.is_some_and(|head| head.iter().any(|line| line.contains(OOM_KILLER)))
 }
 
 #[cfg(test)]
@@ -191,6 +209,16 @@ mod tests {
             let splat = find_splat(&text, &[]).unwrap_or_else(|| panic!("nothing found in {line}"));
             assert!(splat.contains("before") && splat.contains(line) && splat.contains("after"));
         }
+    }
+
+    #[test]
+    fn find_splat_of_the_oom_killer_finds_only_what_else_there_is() {
+        let oom = "[ 1.0] a invoked oom-killer: gfp_mask=0xcc0(GFP_KERNEL), order=0\n\
+                   [ 1.0] CPU: 1 UID: 0 PID: 2 Comm: a\n[ 1.0] Call Trace:\n[ 1.0]  <TASK>\n\
+                   [ 1.0] Memory cgroup out of memory: Killed process 2 (a)\n";
+        assert_eq!(find_splat(oom, &[]), None);
+        let text = format!("{oom}[ 1.0] WARNING: CPU: 0 PID: 1 at a.c:1\n[ 1.0] Call Trace:\n");
+        assert!(find_splat(&text, &[]).is_some_and(|splat| splat.contains("a.c:1")));
     }
 
     const KNOWN: &[KnownReport] = &[KnownReport {

@@ -2,10 +2,12 @@
 //! Suite `mm`: what the kernel's memory management does to pages in VRAM and to pages that the GPU has
 //! mapped. A file for each of its parts.
 
+mod cgroup;
 mod fork;
 mod fork_order;
 mod ksm;
 mod madvise;
+mod memcg;
 mod mlock;
 mod mprotect;
 mod mremap;
@@ -27,4 +29,5 @@ pub(super) const GROUPS: &[&[Case]] = &[
     mlock::CASES,
     ksm::CASES,
     userfaultfd::CASES,
+    memcg::CASES,
 ];
