@@ -2,6 +2,7 @@
 //! Suite `mm`: what the kernel's memory management does to pages in VRAM and to pages that the GPU has
 //! mapped. A file for each of its parts.
 
+mod access;
 mod cgroup;
 mod fork;
 mod fork_order;
@@ -12,6 +13,7 @@ mod mlock;
 mod mprotect;
 mod mremap;
 mod munmap;
+mod pins;
 mod start;
 mod userfault;
 mod userfaultfd;
@@ -30,4 +32,6 @@ pub(super) const GROUPS: &[&[Case]] = &[
     ksm::CASES,
     userfaultfd::CASES,
     memcg::CASES,
+    access::CASES,
+    pins::CASES,
 ];
