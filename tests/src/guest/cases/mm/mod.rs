@@ -4,6 +4,7 @@
 
 mod access;
 mod cgroup;
+mod files;
 mod fork;
 mod fork_order;
 mod ksm;
@@ -34,4 +35,5 @@ pub(super) const GROUPS: &[&[Case]] = &[
     memcg::CASES,
     access::CASES,
     pins::CASES,
+    files::CASES,
 ];

@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Files in memory that the GPU has mapped: tmpfs, memfd, shared anonymous memory and hugetlbfs, shared
+//! and private. What the GPU wrote is in the file, whatever happens to the mapping.
+
+use super::start::{SEED, ensure_words, eventually};
+use crate::guest::{
+    call::{self, JOB_TIME, Job, ensure_status},
+    oracle,
+};
+use anyhow::{Context, Result, ensure};
+use farfault::arena::{Backing, Region};
+use farfault::{Access, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, stage::Advice, uapi::JobStatus};
+use rustix::{
+    fs::{FallocateFlags, MemfdFlags, fallocate, fsync, ftruncate, memfd_create},
+    io::Errno,
+    mount::{MountFlags, UnmountFlags, mount, unmount},
+};
+use std::{
+    fs::{self, File, OpenOptions},
+    os::unix::fs::FileExt,
+    path::PathBuf,
+    time::Duration,
+};
+
+group! { "mm::files", gpus 1, seconds 60:
+    shared_file_written_by_the_gpu_keeps_it_without_the_mapping,
+    shared_file_written_by_the_gpu_is_clean_and_written_again,
+    private_file_written_by_the_gpu_keeps_its_own_pages,
+    shared_anonymous_memory_written_by_the_gpu_is_seen_by_a_child,
+    file_truncated_fails_the_gpu_beyond_its_end,
+    file_truncated_during_a_job_ends_it,
+    hole_punched_shows_zeros_and_new_pages,
+    hole_punched_during_a_job_loses_nothing_outside,
+    hugetlbfs_file_written_by_the_gpu_keeps_it_without_the_mapping,
+    hugetlbfs_file_truncated_during_a_job_ends_it,
+}
+
+const LENGTH: usize = 64 * PAGE_SIZE;
+
+/// A folder on a file system of its own, which goes when this is dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(kind: &str, options: &str) -> Result<Self> {
+        let folder = PathBuf::from(format!("/tmp/farfault-{kind}-{}", std::process::id()));
+        fs::create_dir_all(&folder)?;
+        let options = std::ffi::CString::new(options)?;
+        mount(kind, &folder, kind, MountFlags::empty(), options.as_c_str())
+            .with_context(|| format!("mounting {kind}"))?;
+        Ok(Self(folder))
+    }
+
+    fn file(&self, length: usize) -> Result<File> {
+        let path = self.0.join("file");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)?;
+        ftruncate(&file, length as u64)?;
+        Ok(file)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Lazily: a mapping may be left of a case that failed.
+        let _ = unmount(&self.0, UnmountFlags::DETACH);
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// Files of each kind, of so many bytes. What they live on comes along.
+fn files(length: usize) -> Result<Vec<(&'static str, File, Option<Mounted>)>> {
+    let memfd = File::from(memfd_create("farfault-test", MemfdFlags::CLOEXEC)?);
+    ftruncate(&memfd, length as u64)?;
+    let small = Mounted::new("tmpfs", "size=64M")?;
+    let on_tmpfs = small.file(length)?;
+    // In huge pages.
+    let huge = File::from(memfd_create("farfault-huge", MemfdFlags::CLOEXEC)?);
+    ftruncate(&huge, length as u64)?;
+    Ok(vec![
+        ("memfd", memfd, None),
+        ("tmpfs", on_tmpfs, Some(small)),
+        ("memfd, collapsed", huge, None),
+    ])
+}
+
+fn each_file(length: usize, case: impl Fn(&Gpu, &File, Region) -> Result<()>) -> Result<()> {
+    for (kind, file, mounted) in files(length)? {
+        let gpu = Gpu::open_first()?;
+        let region = Region::map(length, Backing::File(&file))?;
+        oracle::write(region, SEED);
+        if kind.ends_with("collapsed") {
+            // Where the kernel does that for files in memory.
+            let _ = region.advise(Advice::Collapse);
+        }
+        Job::add(region, 0).waves(2).run(&gpu)?;
+        case(&gpu, &file, region).with_context(|| kind.to_owned())?;
+        region.unmap()?;
+        drop(file);
+        drop(mounted);
+    }
+    Ok(())
+}
+
+fn read(file: &File, length: usize) -> Result<Vec<u64>> {
+    let mut bytes = vec![0; length];
+    file.read_exact_at(&mut bytes, 0)?;
+    let words = bytes.chunks_exact(8);
+    Ok(words
+        .map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()))
+        .collect())
+}
+
+/// `read` gives words of the seed with `added`.
+fn ensure_file(file: &File, length: usize, added: u64) -> Result<()> {
+    let words = read(file, length)?;
+    let wrong = (0..words.len()).find(|&i| words[i] != oracle::word(SEED, i).wrapping_add(added));
+    ensure!(wrong.is_none(), "word {wrong:?} of the file");
+    Ok(())
+}
+
+fn shared_file_written_by_the_gpu_keeps_it_without_the_mapping() -> Result<()> {
+    each_file(2 << 20, |gpu, file, region| {
+        Job::add(region, 1).waves(2).run(gpu)?;
+        ensure_file(file, region.length(), 1)?;
+        Job::add(region, 1).waves(2).run(gpu)?;
+        region.unmap()?;
+        ensure_file(file, region.length(), 2)?;
+        fs::write("/proc/sys/vm/drop_caches", "3")?;
+        let again = Region::map(region.length(), Backing::File(file))?;
+        let sum = Job::sum(again).waves(2).run(gpu)?;
+        ensure!(sum == oracle::expected_sum(again, SEED, 2));
+        // The GPU's writes by one mapping are seen by the CPU in another, and in the file.
+        let other = Region::map(region.length(), Backing::File(file))?;
+        Job::add(again, 1).waves(2).run(gpu)?;
+        oracle::check(other, SEED, 3)?;
+        again.unmap()?;
+        oracle::check(other, SEED, 3)?;
+        Ok(other.unmap()?)
+    })
+}
+
+fn shared_file_written_by_the_gpu_is_clean_and_written_again() -> Result<()> {
+    each_file(LENGTH, |gpu, file, region| {
+        for added in 1..4 {
+            Job::add(region, 1).waves(2).run(gpu)?;
+            region.sync()?;
+            fsync(file)?;
+            region.advise(Advice::Cold)?;
+            region.advise(Advice::PageOut)?;
+            ensure_file(file, region.length(), added)?;
+            oracle::check(region, SEED, added)?;
+        }
+        Ok(())
+    })
+}
+
+fn private_file_written_by_the_gpu_keeps_its_own_pages() -> Result<()> {
+    each_file(LENGTH, |gpu, file, shared| {
+        let private = Region::map(LENGTH, Backing::FilePrivate(file))?;
+        let sum = Job::sum(private).waves(2).run(gpu)?;
+        ensure!(sum == oracle::expected_sum(private, SEED, 0));
+        Job::add(private, 1).waves(2).run(gpu)?;
+        Job::add(shared, 5).waves(2).run(gpu)?;
+        oracle::check(private, SEED, 1)?;
+        ensure_file(file, LENGTH, 5)?;
+        // Its own pages may go to VRAM; thrown away, they are the file's again.
+        gpu.migrate(private.pages(), farfault::Place::Vram)?;
+        Job::add(private, 1).waves(2).run(gpu)?;
+        oracle::check(private, SEED, 2)?;
+        gpu.migrate(private.pages(), farfault::Place::Vram)?;
+        private.advise(Advice::DontNeed)?;
+        let sum = Job::sum(private).waves(2).run(gpu)?;
+        ensure!(sum == oracle::expected_sum(private, SEED, 5));
+        oracle::check(private, SEED, 5)?;
+        Ok(private.unmap()?)
+    })
+}
+
+fn shared_anonymous_memory_written_by_the_gpu_is_seen_by_a_child() -> Result<()> {
+    use crate::guest::child::code;
+    use farfault::process::{Ended, fork};
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(2 << 20, Backing::Shared)?;
+    oracle::write(region, SEED);
+    Job::add(region, 1).waves(2).run(&gpu)?;
+    let child = fork(|| {
+        code((|| {
+            oracle::check(region, SEED, 1)?;
+            let gpu = Gpu::open_first()?;
+            Job::add(region, 1).waves(2).run(&gpu)?;
+            Ok(region.unmap()?)
+        })())
+    })?;
+    ensure!(child.wait()? == Ended::Exited(0));
+    oracle::check(region, SEED, 2)?;
+    Job::add(region, 1).waves(2).run(&gpu)?;
+    region.advise(Advice::Remove)?;
+    ensure!(Job::sum(region).waves(2).run(&gpu)? == 0);
+    Job::fill(region, 6).waves(2).run(&gpu)?;
+    ensure_words(region, 6)
+}
+
+fn file_truncated_fails_the_gpu_beyond_its_end() -> Result<()> {
+    each_file(2 << 20, |gpu, file, region| {
+        let (kept, end) = (
+            region.part(0, LENGTH),
+            region.part(LENGTH, (2 << 20) - LENGTH),
+        );
+        ftruncate(file, LENGTH as u64)?;
+        Job::sum(end).fails_at(gpu, end.address(), Access::Read)?;
+        Job::fill(end, 1).fails_at(gpu, end.address(), Access::Write)?;
+        Job::add(kept, 1).waves(2).run(gpu)?;
+        ftruncate(file, region.length() as u64)?;
+        ensure!(
+            Job::sum(end).waves(2).run(gpu)? == 0,
+            "old data behind the new end"
+        );
+        Job::fill(end, 2).waves(2).run(gpu)?;
+        ensure_words(end, 2)?;
+        oracle::check(kept, SEED, 1)?;
+        let words = read(file, region.length())?;
+        ensure!(words[LENGTH / 8..].iter().all(|&word| word == 2));
+        Ok(())
+    })
+}
+
+fn file_truncated_during_a_job_ends_it() -> Result<()> {
+    each_file(LENGTH, |gpu, file, region| {
+        let fence = Job::atomic_add(region.address(), 1, u64::MAX).submit(gpu)?;
+        let begins = region.load(0);
+        eventually("the job writes", || Ok(region.load(0) != begins))?;
+        ftruncate(file, 0)?;
+        let end = call::wait(gpu, fence, JOB_TIME)?;
+        ensure_status(&end, JobStatus::Fault)?;
+        ensure!(end.fault_address == region.address(), "{end:x?}");
+        ftruncate(file, LENGTH as u64)?;
+        ensure_words(region, 0)
+    })
+}
+
+fn hole_punched_shows_zeros_and_new_pages() -> Result<()> {
+    each_file(2 << 20, |gpu, file, region| {
+        let (from, length) = (LENGTH, 2 * LENGTH);
+        let hole = region.part(from, length);
+        fallocate(
+            file,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            from as u64,
+            length as u64,
+        )?;
+        ensure!(
+            Job::sum(hole).waves(2).run(gpu)? == 0,
+            "old data in the hole"
+        );
+        Job::fill(hole, 3).waves(2).run(gpu)?;
+        ensure_words(hole, 3)?;
+        let words = read(file, region.length())?;
+        ensure!(
+            words[from / 8..(from + length) / 8]
+                .iter()
+                .all(|&word| word == 3)
+        );
+        oracle::check(region.part(0, from), SEED, 0)?;
+        let end = from + length;
+        oracle::check_part(region.part(end, (2 << 20) - end), SEED, end / 8, 0)
+    })
+}
+
+fn hole_punched_during_a_job_loses_nothing_outside() -> Result<()> {
+    each_file(LENGTH, |gpu, file, region| {
+        // It counts in one page, and holes are punched there and beside it all the time.
+        let fence = Job::atomic_add(region.address(), 1, u64::MAX).submit(gpu)?;
+        let rest = region.part(PAGE_SIZE, LENGTH - PAGE_SIZE);
+        for round in 1..=20u64 {
+            Job::fill(rest, round).waves(2).run(gpu)?;
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(file, flags, 0, PAGE_SIZE as u64)?;
+            let count = region.load(0);
+            ensure_words(rest, round)?;
+            eventually("the job counts in the new page", || {
+                Ok(region.load(0) > count)
+            })?;
+        }
+        let running = call::wait(gpu, fence, Duration::ZERO);
+        ensure!(running.is_err_and(|error| error == Errno::TIMEDOUT));
+        call::kill(gpu, fence)?;
+        ensure_status(&call::wait(gpu, fence, JOB_TIME)?, JobStatus::Killed)
+    })
+}
+
+/// Huge pages of the pool for a case; the pool is as before when this is dropped.
+struct Pool(String);
+
+impl Pool {
+    const PATH: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn of(pages: u32) -> Result<Self> {
+        let before = fs::read_to_string(Self::PATH).context("the kernel has no hugetlb")?;
+        fs::write(Self::PATH, pages.to_string())?;
+        let pool = Self(before);
+        let have: u32 = fs::read_to_string(Self::PATH)?.trim().parse()?;
+        ensure!(
+            have >= pages,
+            "the kernel found {have} huge pages for the pool"
+        );
+        Ok(pool)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::PATH, self.0.trim());
+    }
+}
+
+fn hugetlbfs_file_written_by_the_gpu_keeps_it_without_the_mapping() -> Result<()> {
+    let _pool = Pool::of(4)?;
+    let mounted = Mounted::new("hugetlbfs", "pagesize=2M")?;
+    let file = mounted.file(2 * HUGE_PAGE_SIZE)?;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(2 * HUGE_PAGE_SIZE, Backing::File(&file))?;
+    oracle::write(region, SEED);
+    Job::add(region, 1).waves(2).run(&gpu)?;
+    oracle::check(region, SEED, 1)?;
+    region.unmap()?;
+    ensure_file(&file, region.length(), 1)?;
+    let shared = Region::map(2 * HUGE_PAGE_SIZE, Backing::File(&file))?;
+    let private = Region::map(HUGE_PAGE_SIZE, Backing::FilePrivate(&file))?;
+    Job::add(private, 1).waves(2).run(&gpu)?;
+    oracle::check(private, SEED, 2)?;
+    oracle::check(shared, SEED, 1)?;
+    fallocate(
+        &file,
+        FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+        0,
+        HUGE_PAGE_SIZE as u64,
+    )?;
+    ensure!(
+        Job::sum(shared.part(0, HUGE_PAGE_SIZE))
+            .waves(2)
+            .run(&gpu)?
+            == 0
+    );
+    private.unmap()?;
+    Job::fill(shared.part(0, HUGE_PAGE_SIZE), 8)
+        .waves(2)
+        .run(&gpu)?;
+    ensure_words(shared.part(0, HUGE_PAGE_SIZE), 8)?;
+    drop(gpu);
+    Ok(shared.unmap()?)
+}
+
+fn hugetlbfs_file_truncated_during_a_job_ends_it() -> Result<()> {
+    let _pool = Pool::of(2)?;
+    let mounted = Mounted::new("hugetlbfs", "pagesize=2M")?;
+    let file = mounted.file(HUGE_PAGE_SIZE)?;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(HUGE_PAGE_SIZE, Backing::File(&file))?;
+    let fence = Job::atomic_add(region.address(), 1, u64::MAX).submit(&gpu)?;
+    eventually("the job writes", || Ok(region.load(0) != 0))?;
+    ftruncate(&file, 0)?;
+    let end = call::wait(&gpu, fence, JOB_TIME)?;
+    ensure_status(&end, JobStatus::Fault)?;
+    Ok(region.unmap()?)
+}
