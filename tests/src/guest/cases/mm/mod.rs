@@ -7,6 +7,7 @@ mod cgroup;
 mod files;
 mod fork;
 mod fork_order;
+mod khugepaged;
 mod ksm;
 mod madvise;
 mod memcg;
@@ -36,4 +37,5 @@ pub(super) const GROUPS: &[&[Case]] = &[
     access::CASES,
     pins::CASES,
     files::CASES,
+    khugepaged::CASES,
 ];

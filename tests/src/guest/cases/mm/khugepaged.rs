@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Small pages that become a huge one under the GPU: by `MADV_COLLAPSE`, and by khugepaged, which leaves
+//! pages in VRAM alone.
+
+use super::start::{
+    At, SEED, STARTS, Start, ensure_agreement, eventually, exercise, exercise_all, while_adding,
+};
+use crate::guest::{
+    call::Job,
+    oracle,
+    place::{ensure_place, state},
+};
+use anyhow::{Context, Result, ensure};
+use farfault::arena::{Backing, Region};
+use farfault::{Gpu, HUGE_PAGE_SIZE, Place, stage::Advice};
+use std::fs;
+
+group! { "mm::khugepaged", gpus 1, seconds 120:
+    collapse_of_mirrored_pages_is_seen_by_the_gpu,
+    collapse_over_pages_in_vram_keeps_the_data,
+    collapse_during_jobs_that_write_loses_nothing,
+    khugepaged_collapses_mirrored_pages_under_the_gpu,
+    khugepaged_leaves_pages_in_vram_alone,
+}
+
+const KHUGEPAGED: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged";
+
+fn small(at: At) -> Result<Start> {
+    let start = STARTS
+        .into_iter()
+        .find(|start| start.at == at && matches!(start.backing, Backing::Small));
+    start.context("no such start")
+}
+
+fn collapse_of_mirrored_pages_is_seen_by_the_gpu() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = small(At::Ram)?.region(&gpu, HUGE_PAGE_SIZE)?;
+    region.advise(Advice::HugePage)?;
+    region.advise(Advice::Collapse)?;
+    ensure!(state(&gpu, region, 0)?.cpu.huge, "it is not huge");
+    exercise_all(&gpu, region)?;
+    ensure!(
+        state(&gpu, region, 0)?.gpu.huge,
+        "the GPU has not mapped it as a huge page"
+    );
+    Ok(())
+}
+
+fn collapse_over_pages_in_vram_keeps_the_data() -> Result<()> {
+    for at in [At::Vram, At::Half] {
+        let gpu = Gpu::open_first()?;
+        let region = small(at)?.region(&gpu, HUGE_PAGE_SIZE)?;
+        region.advise(Advice::HugePage)?;
+        // It touches what is not there for the CPU, so pages come home, and may be one after that.
+        let collapsed = region.advise(Advice::Collapse);
+        eprintln!("{at:?}: {collapsed:?}");
+        ensure_agreement(&gpu, region)?;
+        exercise_all(&gpu, region).with_context(|| format!("{at:?}: {collapsed:?}"))?;
+        // From here on all is in RAM.
+        region.advise(Advice::Collapse)?;
+        ensure!(state(&gpu, region, 0)?.cpu.huge, "{at:?}: it is not huge");
+        exercise(&gpu, region, 0, 2)?;
+        region.unmap()?;
+    }
+    Ok(())
+}
+
+fn collapse_during_jobs_that_write_loses_nothing() -> Result<()> {
+    for at in [At::Ram, At::Half, At::Vram] {
+        let gpu = Gpu::open_first()?;
+        let region = small(at)?.region(&gpu, HUGE_PAGE_SIZE)?;
+        region.advise(Advice::HugePage)?;
+        let mut collapsed = 0;
+        for _ in 0..6 {
+            // It may find pages in use for a moment.
+            let collapse = || Ok(region.advise(Advice::Collapse));
+            collapsed += u32::from(while_adding(&gpu, region, collapse)?.is_ok());
+        }
+        exercise(&gpu, region, 0, 6).with_context(|| format!("{at:?}, {collapsed}"))?;
+        region.unmap()?;
+    }
+    Ok(())
+}
+
+/// khugepaged in a hurry, until this is dropped.
+struct Khugepaged(Vec<(&'static str, String)>);
+
+impl Khugepaged {
+    fn hurry() -> Result<Self> {
+        let settings = [
+            ("alloc_sleep_millisecs", "1"),
+            ("scan_sleep_millisecs", "1"),
+            ("pages_to_scan", "65536"),
+        ];
+        let mut before = Vec::new();
+        for (name, value) in settings {
+            let path = format!("{KHUGEPAGED}/{name}");
+            before.push((name, fs::read_to_string(&path).context(path.clone())?));
+            fs::write(path, value)?;
+        }
+        Ok(Self(before))
+    }
+
+    fn scans() -> Result<u64> {
+        Ok(fs::read_to_string(format!("{KHUGEPAGED}/full_scans"))?
+            .trim()
+            .parse()?)
+    }
+}
+
+impl Drop for Khugepaged {
+    fn drop(&mut self) {
+        for (name, value) in &self.0 {
+            let _ = fs::write(format!("{KHUGEPAGED}/{name}"), value.trim());
+        }
+    }
+}
+
+fn khugepaged_collapses_mirrored_pages_under_the_gpu() -> Result<()> {
+    let _hurry = Khugepaged::hurry()?;
+    let gpu = Gpu::open_first()?;
+    let region = small(At::Ram)?.region(&gpu, HUGE_PAGE_SIZE)?;
+    let other = Region::map(HUGE_PAGE_SIZE, Backing::Small)?;
+    let busy = Job::endless(other).submit(&gpu)?;
+    region.advise(Advice::HugePage)?;
+    eventually("khugepaged collapses the pages", || {
+        Ok(state(&gpu, region, 0)?.cpu.huge)
+    })?;
+    crate::guest::call::kill(&gpu, busy)?;
+    crate::guest::call::wait(&gpu, busy, crate::guest::call::JOB_TIME)?;
+    exercise_all(&gpu, region)
+}
+
+fn khugepaged_leaves_pages_in_vram_alone() -> Result<()> {
+    let _hurry = Khugepaged::hurry()?;
+    let gpu = Gpu::open_first()?;
+    let region = small(At::Vram)?.region(&gpu, HUGE_PAGE_SIZE)?;
+    region.advise(Advice::HugePage)?;
+    let before = Khugepaged::scans()?;
+    eventually("khugepaged has looked at all", || {
+        Ok(Khugepaged::scans()? >= before + 3)
+    })?;
+    ensure_place(&gpu, region, Place::Vram)?;
+    exercise_all(&gpu, region)?;
+    oracle::write(region, SEED);
+    eventually("khugepaged collapses what came home", || {
+        Ok(state(&gpu, region, 0)?.cpu.huge)
+    })?;
+    exercise_all(&gpu, region)
+}
