@@ -120,20 +120,20 @@ impl Jobs {
         }
     }
 
-    /// Records the end of a job. Returns whether there was one to end.
-    pub(crate) fn end(&self, fence: u64, outcome: Outcome) -> bool {
+    /// Records the end of a job, if there is one to end; `before` runs before anybody can see it.
+    pub(crate) fn end(&self, fence: u64, outcome: Outcome, before: impl FnOnce()) {
         let mut list = self.list.lock();
         let running = list
             .jobs
             .iter_mut()
             .find(|job| job.fence == fence && job.outcome.is_none());
         let Some(job) = running else {
-            return false;
+            return;
         };
+        before();
         job.outcome = Some(outcome);
         drop(list);
         self.ended.notify_all();
-        true
     }
 
     /// Ends all jobs that run, and takes no more.

@@ -323,6 +323,7 @@ impl Space {
             Some(JobStatus::Ok) => uapi::JobStatus::Ok,
             Some(JobStatus::Fault) => uapi::JobStatus::Fault,
             Some(JobStatus::Killed) => uapi::JobStatus::Killed,
+            Some(JobStatus::MemoryError) => uapi::JobStatus::MemoryError,
             Some(JobStatus::BusError) | None => uapi::JobStatus::BusError,
         };
         let outcome = Outcome {
@@ -331,9 +332,8 @@ impl Space {
             result: event.result.get(),
             fault_address: event.page.get(),
         };
-        if self.jobs.end(event.fence.get(), outcome) {
-            self.count(|c| &c.jobs, 1);
-        }
+        let count = || self.count(|c| &c.jobs, 1);
+        self.jobs.end(event.fence.get(), outcome, count);
     }
 
     /// The device reports a fault. The caller enqueues the address space when it has passed all on.

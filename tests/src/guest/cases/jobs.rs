@@ -34,6 +34,7 @@ group! { "jobs", on Small, seconds 60:
     many_jobs_of_many_threads_all_end_well,
     one_job_waited_for_by_many_threads_is_collected_once,
     fences_are_never_zero_nor_used_twice,
+    stats_after_a_wait_have_its_job,
 }
 
 fn ring() -> Result<Region> {
@@ -324,6 +325,17 @@ fn fences_are_never_zero_nor_used_twice() -> Result<()> {
         let fence = job.submit(&gpu)?;
         ensure!(seen.insert(fence), "{fence} again");
         call::wait(&gpu, fence, JOB_TIME)?;
+    }
+    Ok(())
+}
+
+fn stats_after_a_wait_have_its_job() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = some_memory()?;
+    for jobs in 1..=300 {
+        Job::sum(region).run(&gpu)?;
+        let counted = gpu.stats()?.jobs;
+        ensure!(counted == jobs, "{counted} jobs are counted after {jobs}");
     }
     Ok(())
 }
