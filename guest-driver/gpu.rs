@@ -31,7 +31,7 @@ use crate::{
     vram::{Vram, VramPage, BLOCK_PAGES},
 };
 use farfault_protocol::{
-    address::HUGE_PAGE_SIZE,
+    address::{VramAddr, HUGE_PAGE_SIZE},
     command::Status,
     config::{self, ConfigSpace, Features},
     control::Reply,
@@ -532,6 +532,16 @@ impl Gpu {
                 }
                 overflowed
             }
+            Some(ErrorCode::MemoryPoisoned) => {
+                let page = VramAddr::new(error.detail.get());
+                self.vram.fail(VramPage::containing(page));
+                dev_warn!(
+                    self.device,
+                    "the page of VRAM at {:#x} has failed: its contents are lost\n",
+                    page.get()
+                );
+                0
+            }
             Some(ErrorCode::BadDescriptor) | None => {
                 dev_err!(
                     self.device,
@@ -553,7 +563,10 @@ impl Gpu {
         let vram = self.vram.pages();
         writeln!(f, "contexts {contexts}")?;
         writeln!(f, "vram_pages {vram}")?;
-        writeln!(f, "vram_pages_used {}", vram - self.vram.free_pages())?;
+        let retired = self.vram.retired_pages();
+        let used = vram - self.vram.free_pages() - retired;
+        writeln!(f, "vram_pages_used {used}")?;
+        writeln!(f, "vram_pages_retired {retired}")?;
         writeln!(f, "vram_blocks {}", vram / BLOCK_PAGES)?;
         let in_use = self.pagemap().map_or(0, |map| map.in_use());
         writeln!(f, "vram_pages_in_folios {in_use}")

@@ -6,11 +6,21 @@
 //! known at which virtual address it was put, so that eviction finds it through the page tables of
 //! its process. That address is a hint: mremap and fork move and share pages without telling.
 //!
+//! A page that has failed is given to nobody again, once it comes back, until the device is reset.
+//!
 //! Contents are not this file's business: who takes a page overwrites all of it.
 //!
 //! Locking: one spinlock, taken last of all locks; pages come back from contexts that can't sleep.
 
-use kernel::{new_spinlock, page::PAGE_SHIFT, prelude::*, sync::SpinLock};
+use kernel::{
+    new_spinlock,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::{
+        atomic::{Atomic, Relaxed},
+        SpinLock,
+    },
+};
 
 use crate::{kapi::pagemap::DevicePage, sort::sort_by_key};
 use farfault_protocol::address::VramAddr;
@@ -71,6 +81,11 @@ struct Block {
     evicting: bool,
     free: [u64; WORDS],
     free_pages: u32,
+    /// Pages that have failed.
+    failed: [u64; WORDS],
+    /// Those of them that nobody has any more.
+    retired: [u64; WORDS],
+    retired_pages: u32,
     /// When it was last taken from or mapped, in ticks of `State::clock`.
     used_at: u64,
 }
@@ -81,6 +96,9 @@ impl Block {
         evicting: false,
         free: [u64::MAX; WORDS],
         free_pages: BLOCK_PAGES as u32,
+        failed: [0; WORDS],
+        retired: [0; WORDS],
+        retired_pages: 0,
         used_at: 0,
     };
 
@@ -92,19 +110,44 @@ impl Block {
         Some(word * 64 + bit)
     }
 
-    /// Whether the slot was in use.
-    fn give_back(&mut self, slot: usize) -> bool {
-        let bit = 1 << (slot % 64);
-        let was_used = self.free[slot / 64] & bit == 0;
-        if was_used {
-            self.free[slot / 64] |= bit;
+    fn give_back(&mut self, slot: usize) {
+        if !self.is_used(slot) {
+            return;
+        }
+        let (word, bit) = (slot / 64, 1 << (slot % 64));
+        if self.has_failed(slot) {
+            self.retired[word] |= bit;
+            self.retired_pages += 1;
+        } else {
+            self.free[word] |= bit;
             self.free_pages += 1;
         }
-        was_used
+    }
+
+    /// Takes note that a page has failed.
+    fn fail(&mut self, slot: usize) {
+        let (word, bit) = (slot / 64, 1 << (slot % 64));
+        let was_free = self.free[word] & bit != 0;
+        self.failed[word] |= bit;
+        if was_free {
+            self.free[word] &= !bit;
+            self.free_pages -= 1;
+            self.retired[word] |= bit;
+            self.retired_pages += 1;
+        }
+    }
+
+    fn has_failed(&self, slot: usize) -> bool {
+        self.failed[slot / 64] & (1 << (slot % 64)) != 0
     }
 
     fn is_used(&self, slot: usize) -> bool {
-        self.free[slot / 64] & (1 << (slot % 64)) == 0
+        (self.free[slot / 64] | self.retired[slot / 64]) & (1 << (slot % 64)) == 0
+    }
+
+    /// Whether nobody has a page of it.
+    fn is_unused(&self) -> bool {
+        (self.free_pages + self.retired_pages) as usize == BLOCK_PAGES
     }
 }
 
@@ -114,6 +157,7 @@ struct State {
     addresses: KVVec<u64>,
     clock: u64,
     free_pages: usize,
+    retired_pages: usize,
 }
 
 impl State {
@@ -130,7 +174,8 @@ impl State {
 
     /// Takes a block of which no page is in use.
     fn take_block(&mut self, usage: Use) -> Option<VramPage> {
-        let index = self.find(Use::Free)?;
+        let whole = |b: &Block| b.usage == Use::Free && b.free_pages as usize == BLOCK_PAGES;
+        let index = self.blocks.iter().position(|b| whole(b) && !b.evicting)?;
         let now = self.tick();
         let block = self.blocks.get_mut(index)?;
         block.usage = usage;
@@ -236,10 +281,10 @@ impl Victim<'_> {
     pub(crate) fn is_empty(&self) -> bool {
         let state = self.vram.state.lock();
         let block = state.blocks.get(self.index);
-        block.is_none_or(|b| b.free_pages as usize == BLOCK_PAGES)
+        block.is_none_or(Block::is_unused)
     }
 
-    /// Pages of the block that are in use, in `into`, sorted by their address.
+    /// Pages of the block that are in use and can go, in `into`, sorted by their address.
     pub(crate) fn residents(&self, into: &mut KVec<Resident>) -> Result {
         into.clear();
         into.reserve(BLOCK_PAGES, GFP_KERNEL)?;
@@ -247,7 +292,8 @@ impl Victim<'_> {
         let Some(block) = state.blocks.get(self.index) else {
             return Ok(());
         };
-        for slot in (0..BLOCK_PAGES).filter(|&slot| block.is_used(slot)) {
+        let can_go = |slot: &usize| block.is_used(*slot) && !block.has_failed(*slot);
+        for slot in (0..BLOCK_PAGES).filter(can_go) {
             let number = self.index * BLOCK_PAGES + slot;
             let resident = Resident {
                 address: state.addresses.get(number).copied().unwrap_or(0) as usize,
@@ -275,7 +321,7 @@ impl Drop for Victim<'_> {
         let mut state = self.vram.state.lock();
         if let Some(block) = state.blocks.get_mut(self.index) {
             block.evicting = false;
-            if block.free_pages as usize == BLOCK_PAGES {
+            if block.is_unused() {
                 block.usage = Use::Free;
             }
         }
@@ -286,6 +332,8 @@ impl Drop for Victim<'_> {
 #[pin_data]
 pub(crate) struct Vram {
     pages: usize,
+    /// Whether any page has failed, to be asked without the lock.
+    any_failed: Atomic<bool>,
     #[pin]
     state: SpinLock<State>,
 }
@@ -299,7 +347,9 @@ impl Vram {
                 addresses: KVVec::from_elem(0, pages, GFP_KERNEL)?,
                 clock: 0,
                 free_pages: pages,
+                retired_pages: 0,
             }),
+            any_failed: Atomic::new(false),
             pages,
         })
     }
@@ -312,6 +362,35 @@ impl Vram {
     /// Pages that nobody has.
     pub(crate) fn free_pages(&self) -> usize {
         self.state.lock().free_pages
+    }
+
+    /// Pages that have failed and that nobody has any more.
+    pub(crate) fn retired_pages(&self) -> usize {
+        self.state.lock().retired_pages
+    }
+
+    /// Takes note that a page has failed: it is given to nobody any more.
+    pub(crate) fn fail(&self, page: VramPage) {
+        let mut state = self.state.lock();
+        let Some(block) = state.blocks.get_mut(page.block()) else {
+            return;
+        };
+        let before = block.free_pages;
+        block.fail(page.slot());
+        let retired = (before - block.free_pages) as usize;
+        state.free_pages -= retired;
+        state.retired_pages += retired;
+        drop(state);
+        self.any_failed.store(true, Relaxed);
+    }
+
+    /// Whether a page has failed.
+    pub(crate) fn has_failed(&self, page: VramPage) -> bool {
+        self.any_failed.load(Relaxed) && {
+            let state = self.state.lock();
+            let block = state.blocks.get(page.block());
+            block.is_some_and(|block| block.has_failed(page.slot()))
+        }
     }
 
     /// Takes up to `wanted` data pages for `context`: whole blocks as far as there are empty ones and
@@ -354,15 +433,19 @@ impl Vram {
     /// Gives `1 << order` pages back. May be called where sleeping is not allowed.
     pub(crate) fn give_back(&self, page: VramPage, order: u32) {
         let mut state = self.state.lock();
-        let mut freed = 0;
+        let (mut freed, mut retired) = (0, 0);
         if let Some(block) = state.blocks.get_mut(page.block()) {
             let slots = page.slot()..(page.slot() + (1 << order)).min(BLOCK_PAGES);
-            freed = slots.filter(|&slot| block.give_back(slot)).count();
-            if block.free_pages as usize == BLOCK_PAGES {
+            let before = (block.free_pages, block.retired_pages);
+            slots.for_each(|slot| block.give_back(slot));
+            freed = block.free_pages - before.0;
+            retired = block.retired_pages - before.1;
+            if block.is_unused() {
                 block.usage = Use::Free;
             }
         }
-        state.free_pages += freed;
+        state.free_pages += freed as usize;
+        state.retired_pages += retired as usize;
     }
 
     /// Records where folios were put: each with its first page, order and address.

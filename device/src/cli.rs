@@ -92,6 +92,18 @@ pub enum Command {
         #[arg(value_enum)]
         state: Switch,
     },
+    /// For tests of drivers only, as data is lost: a page of device memory fails
+    ///
+    /// Its contents are lost, the driver is told, and each access to it ends with a memory error, until
+    /// the GPU is reset.
+    Poison {
+        /// How to reach it, and how to print.
+        #[command(flatten)]
+        client: Client,
+        /// An address of device memory, as `inspect page-table` shows it
+        #[arg(value_parser = parse_address)]
+        address: u64,
+    },
 }
 
 /// How to reach a running device.
@@ -155,6 +167,14 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("`{text}` is too large"))
 }
 
+fn parse_address(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| format!("`{text}` is no address: write a number, as in 0x200000"))
+}
+
 fn parse_vram(text: &str) -> Result<u64, String> {
     let size = parse_size(text)?;
     if size == 0 || size % VRAM_STEP != 0 {
@@ -208,6 +228,7 @@ mod tests {
             "farfault-device inspect --control /tmp/c page-table 3",
             "farfault-device inspect tlb --control /tmp/c",
             "farfault-device copies off --control /tmp/c",
+            "farfault-device poison 0x201000 --control /tmp/c",
         ] {
             Cli::try_parse_from(line.split(' ')).unwrap_or_else(|e| panic!("{line}: {e}"));
         }
@@ -221,6 +242,7 @@ mod tests {
             "farfault-device stats",
             "farfault-device inspect --control c page-table",
             "farfault-device copies --control c",
+            "farfault-device poison page --control c",
             "farfault-device --socket s --threads 0",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");

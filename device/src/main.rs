@@ -38,6 +38,10 @@ fn main() -> ExitCode {
             },
         ),
         Cli {
+            command: Some(Command::Poison { client, address }),
+            ..
+        } => show(&client, Request::Poison { address }),
+        Cli {
             serve: Some(options),
             ..
         } => serve(&options),

@@ -466,6 +466,11 @@ impl<'a> Collected<'a> {
         (order_of(entry) == PMD_ORDER).then_some(head)
     }
 
+    /// Whether all that becomes of a huge entry with small destinations is that its entry is split.
+    pub(crate) fn only_splits(&self) -> bool {
+        self.raw.kind == Kind::Fault
+    }
+
     /// Whether the core can split what is huge.
     fn can_split(&self) -> bool {
         matches!(self.raw.kind, Kind::SystemToDevice | Kind::DeviceToSystem)

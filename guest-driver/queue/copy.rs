@@ -140,7 +140,8 @@ impl<'a> CopyList<'a> {
     }
 
     /// Waits until the bytes of all that was sent are where they belong. `ETIMEDOUT`: no answer in
-    /// [`super::TIME_LIMIT`]; the device may move them yet. `EIO`: it refused.
+    /// [`super::TIME_LIMIT`]; the device may move them yet. `EIO`: it refused. `EAGAIN`:
+    /// VRAM has failed there, and an event that tells where is on its way.
     pub(crate) fn finish(&mut self, channel: &Channel) -> Result {
         let sent = core::mem::take(&mut self.sent);
         let mut result = Ok(());
@@ -162,6 +163,7 @@ impl Drop for CopyList<'_> {
 fn status(request: &Request) -> Result {
     match super::submitted(request)? {
         Status::Ok => Ok(()),
+        Status::Poisoned => Err(EAGAIN),
         status => {
             pr_err!("a copy was refused: {status:?}\n");
             Err(EIO)

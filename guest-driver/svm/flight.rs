@@ -16,7 +16,7 @@ use crate::{
 };
 use farfault_protocol::{
     address::{SystemAddr, VramAddr},
-    submit::CopyRun,
+    submit::{CopyAperture, CopyRun},
 };
 use kernel::{
     page::{PAGE_SHIFT, PAGE_SIZE},
@@ -76,7 +76,9 @@ impl<'a> Flight<'a> {
                 continue;
             };
             if let Some(page) = map.lookup(pfn).map(VramPage::from).filter(|&p| wanted(p)) {
-                short |= !give_ram(collected, entry, page, &fails, &mut flight.copies)?;
+                let failed = |page| gpu.vram.has_failed(page);
+                let copies = &mut flight.copies;
+                short |= !give_ram(collected, entry, page, failed, &fails, copies)?;
             }
         }
         if short && flight.copies.is_empty() {
@@ -98,10 +100,18 @@ impl<'a> Flight<'a> {
     /// Waits for the copies, and lets mm switch over to them.
     pub(super) fn land(mut self) -> Result<Migrated<'a>> {
         // If it fails, the drop sees to the rest.
-        self.gpu
-            .finish_copy(&mut self.copies)
-            .inspect_err(|_| self.strand())?;
+        self.settle()?;
         Ok(self.collected.take().ok_or(EINVAL)?.pages())
+    }
+
+    /// Waits for the copies.
+    fn settle(&mut self) -> Result {
+        let result = self.gpu.finish_copy(&mut self.copies);
+        // Where VRAM has failed, the copies have ended all the same.
+        if result.is_err_and(|error| error != EAGAIN) {
+            self.strand();
+        }
+        result
     }
 
     /// A device that is only slow may write to the destinations yet.
@@ -115,8 +125,9 @@ impl<'a> Flight<'a> {
 
 impl Drop for Flight<'_> {
     fn drop(&mut self) {
-        if self.collected.is_some() && self.gpu.finish_copy(&mut self.copies).is_err() {
-            self.strand();
+        if self.collected.is_some() {
+            // Nothing has moved, whatever it says.
+            let _ = self.settle();
         }
     }
 }
@@ -169,22 +180,34 @@ fn give_vram(
 }
 
 /// Gives one collected entry destinations in RAM, and lists the copies. Returns whether there was
-/// memory for all of it.
+/// memory for all of it. Pages that have failed stay.
 fn give_ram(
     collected: &mut Collected<'_>,
     entry: Entry,
     page: VramPage,
+    failed: impl Fn(VramPage) -> bool,
     fails: &impl Fn() -> bool,
     copies: &mut CopyList<'_>,
 ) -> Result<bool> {
+    let nth = |n: usize| VramPage(page.0 + n as u32);
     let mut order = entry.order;
+    if (0..1 << order).any(|n| failed(nth(n))) {
+        // Around them, page by page.
+        order = 0;
+    }
     let mut done = 0;
     while done < 1 << entry.order {
-        let failed = fails();
-        if failed && order == 0 {
+        let bad = order == 0 && failed(nth(done));
+        let is_head = done == 0 && entry.order != 0;
+        if bad && !(is_head && collected.only_splits()) {
+            done += 1;
+            continue;
+        }
+        let no_memory = fails();
+        if no_memory && order == 0 {
             return Err(ENOMEM);
         }
-        let folio = (!failed).then(|| collected.alloc_folio(entry.index + done, order));
+        let folio = (!no_memory).then(|| collected.alloc_folio(entry.index + done, order));
         let Some(folio) = folio.flatten() else {
             if order == 0 {
                 return Ok(false);
@@ -192,14 +215,29 @@ fn give_ram(
             order = 0;
             continue;
         };
-        let from = VramPage(page.0 + done as u32).address();
+        let from = nth(done).address();
         let to = SystemAddr::new(folio.phys());
         if collected.set_system(entry.index + done, folio).is_err() {
             // mm takes this one as a whole only, and there was no memory for that.
             return Ok(false);
         }
-        copies.push(CopyRun::download(from, to, (PAGE_SIZE << order) as u32))?;
+        let copy = if bad {
+            // It is there for the split, and goes nowhere.
+            zeroes(to)
+        } else {
+            CopyRun::download(from, to, (PAGE_SIZE << order) as u32)
+        };
+        copies.push(copy)?;
         done += 1 << order;
     }
     Ok(true)
+}
+
+/// Zeroes over one page of RAM.
+fn zeroes(to: SystemAddr) -> CopyRun {
+    CopyRun {
+        destination: to.get().into(),
+        destination_aperture: CopyAperture::System.raw(),
+        ..CopyRun::fill(0, VramAddr::new(0), PAGE_SIZE as u32)
+    }
 }

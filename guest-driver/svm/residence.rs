@@ -9,6 +9,7 @@ use crate::{
         pagemap::{DevicePage, DevicePagemap, Fault, PagemapOps, VmFault},
         trace::{self, Cause, Direction},
     },
+    vram::VramPage,
 };
 use kernel::{page::PAGE_SIZE, prelude::*, sync::Arc};
 
@@ -32,18 +33,23 @@ impl PagemapOps for Residence {
     }
 
     /// Runs under the mmap lock and a page lock. It always ends: the page comes home, or there is no
-    /// memory and the task tries again or is killed, or the device is lost and the task gets SIGBUS.
+    /// memory and the task tries again or is killed, or the device is lost or the page has failed and the
+    /// task gets SIGBUS.
     fn migrate_to_ram(map: &DevicePagemap<Self>, fault: &Fault<'_>) -> VmFault {
         let gpu = &map.gpu;
         let bytes = PAGE_SIZE << fault.order();
         let start = fault.address() & !(bytes - 1);
+        let page = map.lookup(fault.pfn()).map(VramPage::from);
+        // Of a huge one, those that are sound come home: it is split first.
+        if fault.order() == 0 && page.is_some_and(|page| gpu.vram.has_failed(page)) {
+            return VmFault::SigBus;
+        }
         let collected = match Collected::fault(fault, start..start + bytes, map.owner()) {
             Ok(collected) => collected,
             Err(e) if e == ENOMEM => return VmFault::Oom,
             Err(_) => return VmFault::SigBus,
         };
-        let page = map.lookup(fault.pfn());
-        let context = page.and_then(|page| gpu.vram.context_of(page.into()));
+        let context = page.and_then(|page| gpu.vram.context_of(page));
         let fails = || {
             context
                 .and_then(|context| gpu.contexts.with(context, Space::takes_failure))
@@ -53,6 +59,8 @@ impl PagemapOps for Residence {
         let moved = match flight.and_then(Flight::land) {
             Ok(migrated) => migrated.count() as u64,
             Err(e) if e == ENOMEM => return VmFault::Oom,
+            // A page has failed just now: the task looks again, when it is known which.
+            Err(e) if e == EAGAIN => return VmFault::Done,
             Err(_) => return VmFault::SigBus,
         };
         gpu.count(context, |c| &c.cpu_faults, 1);

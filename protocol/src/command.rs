@@ -70,5 +70,8 @@ wire_enum! {
         BadArgument = 9,
         /// The job does not exist (any more).
         NoSuchJob = 10,
+        /// A copy: an end of a run is in VRAM that has lost its contents. The contents of all
+        /// destinations are undefined ([`crate::config::Features::MEMORY_ERRORS`]).
+        Poisoned = 11,
     }
 }

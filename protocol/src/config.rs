@@ -13,7 +13,7 @@ pub const MAGIC: [u8; 8] = *b"FARFAULT";
 /// Raised by a change that an existing driver cannot use.
 pub const VERSION_MAJOR: u32 = 1;
 /// Raised by an addition.
-pub const VERSION_MINOR: u32 = 0;
+pub const VERSION_MINOR: u32 = 1;
 
 /// The queues, by their virtio index.
 pub mod queue {
@@ -38,6 +38,9 @@ impl Features {
     pub const ACCESSED_DIRTY: u64 = 1 << 1;
     /// Atomic accesses, and the page-table bit that allows them (chapter 7).
     pub const ATOMICS: u64 = 1 << 2;
+    /// Failed memory is reported: [`crate::event::ErrorCode::MemoryPoisoned`],
+    /// [`crate::event::JobStatus::MemoryError`], [`crate::command::Status::Poisoned`]. Since 1.1.
+    pub const MEMORY_ERRORS: u64 = 1 << 3;
 
     /// Whether all bits of `mask` are set.
     pub const fn has(self, mask: u64) -> bool {

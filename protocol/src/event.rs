@@ -3,7 +3,8 @@
 //! buffer that the driver posted; the buffers posted are the fault buffer.
 //!
 //! Fences and errors that find no buffer wait for one. Buffers that are posted go to waiting fences
-//! first, then to [`ErrorCode::FaultOverflow`], then to [`ErrorCode::BadDescriptor`], then to faults.
+//! first, then to [`ErrorCode::FaultOverflow`], then to [`ErrorCode::MemoryPoisoned`], then to
+//! [`ErrorCode::BadDescriptor`], then to faults.
 //! A fault does not wait: without a buffer it is not reported, and its wave tries again when there is
 //! one.
 
@@ -125,6 +126,9 @@ wire_enum! {
         Killed = 2,
         /// A translation led to a system address where no RAM is: `page` tells where.
         BusError = 3,
+        /// A translation led to VRAM that has lost its contents: `page` tells where
+        /// ([`crate::config::Features::MEMORY_ERRORS`]).
+        MemoryError = 4,
     }
 }
 
@@ -138,8 +142,8 @@ pub struct FenceEvent {
     pub fence: U64,
     /// What the kernel computes ([`crate::submit::Kernel`]); zero if it failed.
     pub result: U64,
-    /// Of a job that failed with [`JobStatus::Fault`] or [`JobStatus::BusError`], the page that it
-    /// could not reach; zero else.
+    /// Of a job that failed with [`JobStatus::Fault`], [`JobStatus::BusError`] or
+    /// [`JobStatus::MemoryError`], the page that it could not reach; zero else.
     pub page: GpuVa,
     /// [`JobStatus`].
     pub status: U32,
@@ -169,6 +173,10 @@ wire_enum! {
         /// make no sense: it stands still until they do. `detail` is the queue. One event can tell of
         /// several.
         BadDescriptor = 2,
+        /// A page of VRAM has lost its contents; `detail` is its address. It fails each access until
+        /// the device is reset. Written before any reply or fence that tells of such a failure, as
+        /// long as there are buffers ([`crate::config::Features::MEMORY_ERRORS`]).
+        MemoryPoisoned = 3,
     }
 }
 

@@ -3,8 +3,8 @@
 //! `inspect`, answered while it runs.
 //!
 //! JSON, one line for a request and one for its answer, over a Unix stream; a client may ask several
-//! in turn. All but [`Request::Copies`], which is for benchmarks, only look: they change nothing that
-//! the guest sees.
+//! in turn. All but [`Request::Copies`] and [`Request::Poison`], which are for benchmarks and tests, only
+//! look: they change nothing that the guest sees.
 //!
 //! | part | what it does |
 //! | --- | --- |
@@ -49,6 +49,11 @@ pub enum Request {
     Copies {
         /// Whether they move anything.
         on: bool,
+    },
+    /// For tests of drivers only: a page of VRAM loses its contents. Answers with all such pages.
+    Poison {
+        /// An address in it.
+        address: u64,
     },
 }
 

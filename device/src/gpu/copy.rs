@@ -6,7 +6,7 @@
 use super::{
     mmu::advance,
     settings::WORK_BYTES,
-    work::{Piece, Source},
+    work::{BadRun, Piece, Source},
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -20,14 +20,14 @@ struct List {
     offset: u64,
     in_flight: u32,
     /// The first run that found no memory.
-    failed: Option<u32>,
+    failed: Option<BadRun>,
 }
 
 /// How a list ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ListEnd {
     pub(crate) tag: u64,
-    pub(crate) failed: Option<u32>,
+    pub(crate) failed: Option<BadRun>,
 }
 
 /// All lists under way.
@@ -114,11 +114,12 @@ impl CopyLists {
     }
 
     /// Takes note that pieces are done. Returns how the list ended, if it did.
-    pub(crate) fn done(&mut self, id: u64, failed: Option<u32>) -> Option<ListEnd> {
+    pub(crate) fn done(&mut self, id: u64, failed: Option<BadRun>) -> Option<ListEnd> {
         let list = self.lists.get_mut(&id)?;
         list.in_flight = list.in_flight.saturating_sub(1);
-        if let Some(run) = failed {
-            list.failed = Some(list.failed.map_or(run, |first| first.min(run)));
+        if let Some(bad) = failed {
+            let first = list.failed.filter(|first| first.run <= bad.run);
+            list.failed = first.or(Some(bad));
             list.next = list.runs.len();
             self.turn.retain(|&waiting| waiting != id);
         }

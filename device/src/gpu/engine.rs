@@ -17,7 +17,7 @@ use super::{
     kernels::{Progress, Step},
     mmu::Mmu,
     settings::{MAX_PARKED_PER_CALL, WORKS_BETWEEN_RETRIES},
-    work::{Operand, Operation, Outcome, Work, WorkDone},
+    work::{BadRun, Operand, Operation, Outcome, Work, WorkDone},
 };
 use farfault_protocol::{
     U32, U64,
@@ -155,7 +155,7 @@ impl Gpu {
             Owner::Nobody => {}
             Owner::List(id) => {
                 let failed = match done.outcome {
-                    Outcome::BadRun { run } => Some(run),
+                    Outcome::BadRun(bad) => Some(bad),
                     Outcome::Done { .. } | Outcome::NoMemory { .. } => None,
                 };
                 self.retire_list(id, failed);
@@ -168,7 +168,7 @@ impl Gpu {
         self.end_reset();
     }
 
-    fn retire_list(&mut self, id: u64, failed: Option<u32>) {
+    fn retire_list(&mut self, id: u64, failed: Option<BadRun>) {
         if let Some(end) = self.copies.done(id, failed) {
             self.complete_list(end);
         }
@@ -192,20 +192,21 @@ impl Gpu {
                 let step = wave.program.next(Some(Progress { amount, value }));
                 self.take_step(id, step);
             }
-            Outcome::NoMemory { operand, offset } => {
+            Outcome::NoMemory { operand, at } => {
                 let [destination, source] = held;
                 let held = match operand {
                     Operand::Destination => destination,
                     Operand::Source => source,
                 };
                 let (va, access) = held.map_or((0, event::Access::Read), |held| {
-                    (held.start.get().wrapping_add(offset), held.access)
+                    (held.start.get().wrapping_add(at.offset), held.access)
                 });
                 let page = GpuVa::new(va).align_down(PAGE_SIZE);
-                self.fail_job(id.job, Failure::BusError { page, access });
+                let lack = at.lack;
+                self.fail_job(id.job, Failure::NoMemory { page, access, lack });
             }
             // No access of a wave ends so.
-            Outcome::BadRun { .. } => {}
+            Outcome::BadRun(_) => {}
         }
     }
 

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Events, and the buffers that the driver posted for them (manual, chapter 6).
 //!
-//! Who gets a free buffer: fences that wait for one, then the notes that faults were lost or a queue
-//! broken, then faults. A fault without a buffer is not kept here; its wave is, and faults again.
+//! Who gets a free buffer: fences that wait for one, then the notes that faults were lost, memory
+//! failed or a queue is broken, then faults. A fault without a buffer is not kept here; its wave is, and faults again.
 //! Between two notes that faults were lost there is a fault, or the notes could take each buffer
 //! that the driver posts. So a driver with a single buffer still learns everything.
 
 use super::context::Contexts;
 use farfault_protocol::{
     U16, U32, U64,
+    address::VramAddr,
     config::queue,
     event::{EVENT_SIZE, ErrorCode, ErrorEvent, EventHeader, EventKind, FaultEvent, FenceEvent},
 };
@@ -53,6 +54,8 @@ pub(crate) struct Events {
     fault_since_note: bool,
     /// Queues, by index, with a broken chain that was not reported yet.
     bad_queues: [bool; queue::COUNT as usize],
+    /// Pages of VRAM that have lost their contents, and were not reported yet.
+    poisoned: VecDeque<VramAddr>,
     next_sequence: u64,
     pub(crate) stats: EventStats,
 }
@@ -66,6 +69,7 @@ impl Default for Events {
             lost_faults: 0,
             fault_since_note: true,
             bad_queues: Default::default(),
+            poisoned: VecDeque::new(),
             next_sequence: 1,
             stats: EventStats::default(),
         }
@@ -114,6 +118,12 @@ impl Events {
         self.write_waiting(contexts);
     }
 
+    /// Reports a page of VRAM that has lost its contents, now or when there is a buffer.
+    pub(crate) fn poisoned(&mut self, page: VramAddr, contexts: &mut Contexts) {
+        self.poisoned.push_back(page);
+        self.write_waiting(contexts);
+    }
+
     /// Forgets everything but what was counted.
     pub(crate) fn reset(&mut self) {
         *self = Self {
@@ -155,6 +165,11 @@ impl Events {
             self.fault_since_note = false;
             let lost = std::mem::take(&mut self.lost_faults);
             self.error(ErrorCode::FaultOverflow, lost);
+        }
+        while !self.poisoned.is_empty() && self.take_credit() {
+            if let Some(page) = self.poisoned.pop_front() {
+                self.error(ErrorCode::MemoryPoisoned, page.get());
+            }
         }
         for index in 0..queue::COUNT {
             let bad = self.bad_queues.get(usize::from(index)).copied();

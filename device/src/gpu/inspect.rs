@@ -112,6 +112,15 @@ pub struct Vram {
     pub written: u64,
     /// These blocks, as (first byte, bytes).
     pub runs: Vec<(u64, u64)>,
+    /// Pages that have lost their contents.
+    pub poisoned: Vec<Poisoned>,
+}
+
+/// A page that has lost its contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Poisoned {
+    /// Its address in VRAM.
+    pub page: u64,
 }
 
 /// A job that has not ended.
@@ -275,6 +284,12 @@ impl Gpu {
             size: self.vram.size(),
             written: runs.iter().map(|(_, length)| length).sum(),
             runs,
+            poisoned: self
+                .vram
+                .poisoned_pages()
+                .iter()
+                .map(|page| Poisoned { page: page.get() })
+                .collect(),
         }
     }
 

@@ -2,7 +2,10 @@
 //! Jobs and their waves: the state that an engine goes through (manual, section 5.4,
 //! chapter 9).
 
-use super::kernels::{Access, Combine, Plan, Program};
+use super::{
+    kernels::{Access, Combine, Plan, Program},
+    memory::Lack,
+};
 use farfault_protocol::{
     U32, U64,
     address::GpuVa,
@@ -28,9 +31,10 @@ pub(crate) enum Failure {
         cause: FaultCause,
     },
     Killed,
-    BusError {
+    NoMemory {
         page: GpuVa,
         access: event::Access,
+        lack: Lack,
     },
 }
 
@@ -100,7 +104,10 @@ impl Job {
             None => JobStatus::Ok,
             Some(Failure::Cancelled { .. }) => JobStatus::Fault,
             Some(Failure::Killed) => JobStatus::Killed,
-            Some(Failure::BusError { .. }) => JobStatus::BusError,
+            Some(Failure::NoMemory { lack, .. }) => match lack {
+                Lack::Absent => JobStatus::BusError,
+                Lack::Poisoned => JobStatus::MemoryError,
+            },
         }
     }
 
@@ -113,7 +120,7 @@ impl Job {
                 access,
                 cause,
             }) => (page, access.raw(), cause.raw()),
-            Some(Failure::BusError { page, access }) => (page, access.raw(), 0),
+            Some(Failure::NoMemory { page, access, .. }) => (page, access.raw(), 0),
         };
         let result = if self.failure.is_none() {
             self.result

@@ -25,10 +25,20 @@ pub(crate) struct Memory<'a> {
     pub(crate) ram: &'a GuestMemoryMmap,
 }
 
-/// An address where no memory is: so many bytes into the operand.
+/// Why there is nothing to access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lack {
+    /// No memory is there.
+    Absent,
+    /// It is there, and has lost its contents.
+    Poisoned,
+}
+
+/// An address that cannot be accessed: so many bytes into the operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct NoMemory {
     pub(crate) offset: u64,
+    pub(crate) lack: Lack,
 }
 
 impl NoMemory {
@@ -36,6 +46,7 @@ impl NoMemory {
     fn behind(self, bytes: u64) -> Self {
         Self {
             offset: self.offset + bytes,
+            ..self
         }
     }
 }
@@ -76,11 +87,12 @@ impl<'a> Cursor<'a> {
             let rest = run.length - self.done;
             if rest > 0 {
                 let at = advance(run.at, self.done);
-                let nothing = NoMemory {
+                let nothing = |lack| NoMemory {
                     offset: self.offset,
+                    lack,
                 };
                 let slice = self.memory.first_slice(at, rest, self.store);
-                return slice.ok_or(nothing).map(Some);
+                return slice.map_err(nothing).map(Some);
             }
             self.runs = behind;
             self.done = 0;
@@ -133,11 +145,11 @@ impl<'a> Memory<'a> {
         let mut offset = 0;
         while offset < length {
             let rest = length - offset;
+            let nothing = |lack| NoMemory { offset, lack };
             let source = self.first_slice(advance(from, offset), rest, false);
+            let source = source.map_err(nothing)?;
             let destination = self.first_slice(advance(to, offset), rest, true);
-            let (Some(source), Some(destination)) = (source, destination) else {
-                return Err(NoMemory { offset });
-            };
+            let destination = destination.map_err(nothing)?;
             source.copy_to_volatile_slice(destination);
             offset += source.len().min(destination.len()) as u64;
         }
@@ -244,10 +256,11 @@ impl<'a> Memory<'a> {
         store: bool,
         operate: impl FnOnce(&AtomicU64) -> T,
     ) -> Result<T, NoMemory> {
-        let slice = self.first_slice(at, 8, store);
-        match slice.as_ref().map(|slice| slice.get_atomic_ref(0)) {
-            Some(Ok(word)) => Ok(operate(word)),
-            _ => Err(NoMemory { offset: 0 }),
+        let nothing = |lack| NoMemory { offset: 0, lack };
+        let slice = self.first_slice(at, 8, store).map_err(nothing)?;
+        match slice.get_atomic_ref(0) {
+            Ok(word) => Ok(operate(word)),
+            Err(_) => Err(nothing(Lack::Absent)),
         }
     }
 
@@ -288,16 +301,30 @@ impl<'a> Memory<'a> {
     }
 
     /// The longest part of `[at, at + length)`, from its start, that is contiguous in the host.
-    fn first_slice(self, at: Location, length: u64, store: bool) -> Option<VolatileSlice<'a>> {
-        match at {
-            Location::Vram(at) if store => self.vram.slice_mut(at, length),
-            Location::Vram(at) => self.vram.slice(at, length),
-            Location::System(at) => {
-                let length = usize::try_from(length).ok()?;
+    fn first_slice(
+        self,
+        at: Location,
+        length: u64,
+        store: bool,
+    ) -> Result<VolatileSlice<'a>, Lack> {
+        let slice = match at {
+            Location::Vram(at) => {
+                let sound = self.vram.sound_bytes(at, length);
+                if sound == 0 && length != 0 {
+                    return Err(Lack::Poisoned);
+                }
+                if store {
+                    self.vram.slice_mut(at, sound)
+                } else {
+                    self.vram.slice(at, sound)
+                }
+            }
+            Location::System(at) => usize::try_from(length).ok().and_then(|length| {
                 let mut slices = self.ram.get_slices(GuestAddress(at.get()), length);
                 slices.next()?.ok()
-            }
-        }
+            }),
+        };
+        slice.ok_or(Lack::Absent)
     }
 }
 

@@ -60,7 +60,7 @@ pub mod vram;
 mod work;
 
 pub use event::EventBytes;
-pub use settings::{Limits, NewError, Settings};
+pub use settings::{Limits, NewError, PoisonError, Settings};
 pub use stats::Stats;
 pub use work::{Work, WorkDone};
 
@@ -71,13 +71,14 @@ use engine::Engine;
 use event::Events;
 use farfault_protocol::{
     U32, U64,
+    address::{PAGE_SIZE, VramAddr},
     config::{ConfigSpace, Features, MAGIC, VERSION_MAJOR, VERSION_MINOR},
     event as wire_event,
 };
 use flight::Flights;
 use job::Job;
 use serde::Serialize;
-use settings::MAX_WAITING_BYTES;
+use settings::{MAX_POISONED, MAX_WAITING_BYTES};
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
@@ -173,7 +174,12 @@ impl Gpu {
             magic: MAGIC,
             version_major: U32::new(VERSION_MAJOR),
             version_minor: U32::new(VERSION_MINOR),
-            features: U64::new(Features::HUGE_PAGES | Features::ACCESSED_DIRTY | Features::ATOMICS),
+            features: U64::new(
+                Features::HUGE_PAGES
+                    | Features::ACCESSED_DIRTY
+                    | Features::ATOMICS
+                    | Features::MEMORY_ERRORS,
+            ),
             vram_size: U64::new(self.vram.size()),
             serial: U64::new(self.settings.serial),
             max_contexts: U32::new(limits.max_contexts),
@@ -209,6 +215,22 @@ impl Gpu {
     /// costs.
     pub fn switch_copies(&mut self, on: bool) {
         self.copies_on = on;
+    }
+
+    /// Makes the page of VRAM around an address lose its contents, as memory does that fails: whoever
+    /// accesses it from now on is told, until the GPU is reset. For tests of drivers.
+    pub fn poison(&mut self, at: VramAddr) -> Result<(), PoisonError> {
+        let page = at.align_down(PAGE_SIZE);
+        if !self.vram.contains(page, PAGE_SIZE) {
+            return Err(PoisonError::NotVram);
+        }
+        if self.vram.poisoned_pages().len() >= MAX_POISONED {
+            return Err(PoisonError::TooMany);
+        }
+        if self.vram.poison(page) {
+            self.events.poisoned(page, &mut self.contexts);
+        }
+        Ok(())
     }
 
     /// Whether a reset waits for work in flight. No new work is handed out meanwhile.

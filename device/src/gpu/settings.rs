@@ -20,6 +20,9 @@ pub(crate) const MAX_PARKED_PER_CALL: u32 = 64;
 /// there may always be.
 pub(crate) const WORKS_BETWEEN_RETRIES: u32 = 64;
 
+/// Most pages of VRAM that are poisoned at a time.
+pub(crate) const MAX_POISONED: usize = 1024;
+
 /// The limits that the configuration space announces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -70,6 +73,17 @@ impl Settings {
             tlb: true,
         }
     }
+}
+
+/// Why a page is not poisoned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PoisonError {
+    /// It is none of VRAM.
+    #[error("there is no VRAM at this address")]
+    NotVram,
+    /// There are enough.
+    #[error("{MAX_POISONED} pages are poisoned already; a reset of the GPU makes them whole")]
+    TooMany,
 }
 
 /// Why there is no GPU.

@@ -114,6 +114,8 @@ pub struct JobStats {
     pub killed: u64,
     /// Failed where no RAM is.
     pub bus_error: u64,
+    /// Met memory that has lost its contents.
+    pub memory_error: u64,
     /// Ended with their context, without an event.
     pub destroyed: u64,
 }
@@ -125,6 +127,7 @@ impl JobStats {
             JobStatus::Fault => &mut self.fault,
             JobStatus::Killed => &mut self.killed,
             JobStatus::BusError => &mut self.bus_error,
+            JobStatus::MemoryError => &mut self.memory_error,
         };
         *counter += 1;
     }

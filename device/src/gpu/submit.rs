@@ -8,9 +8,9 @@ use super::{
     copy::ListEnd,
     job::Job,
     kernels::Plan,
-    memory::Memory,
+    memory::{Lack, Memory},
     settings::MAX_WAITING_REQUESTS,
-    work::{Piece, Source},
+    work::{BadRun, Piece, Source},
 };
 use farfault_protocol::{U32, command::Status, pte::Location, submit::Reply};
 use vm_memory::GuestMemoryMmap;
@@ -122,9 +122,13 @@ impl Gpu {
     pub(super) fn complete_list(&mut self, end: ListEnd) {
         let reply = match end.failed {
             None => reply(Status::Ok, 0),
-            Some(run) => {
+            Some(BadRun { run, lack }) => {
                 self.stats.submit.failed += 1;
-                reply(Status::BadAddress, run)
+                let status = match lack {
+                    Lack::Absent => Status::BadAddress,
+                    Lack::Poisoned => Status::Poisoned,
+                };
+                reply(status, run)
             }
         };
         self.completions.push_back(Completion {

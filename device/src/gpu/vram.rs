@@ -6,18 +6,20 @@
 //! about to use, and giving that back would cost all these faults anew.
 //!
 //! This is the GPU's only file with `unsafe`: it gives the host advice, which vm-memory has no call
-//! for. It knows nothing of who owns which byte. There are no locks: every access is volatile or
-//! atomic, by any thread.
+//! for. It knows nothing of who owns which byte. Every access is volatile or atomic, by any thread;
+//! the only lock is around the list of poisoned pages, and taken only where there are some.
 #![allow(
     unsafe_code,
     reason = "madvise: huge pages, and pages given back to the host"
 )]
 
 use super::settings::NewError;
-use farfault_protocol::address::{HUGE_PAGE_SHIFT, HUGE_PAGE_SIZE, VramAddr};
+use farfault_protocol::address::{HUGE_PAGE_SHIFT, HUGE_PAGE_SIZE, PAGE_SHIFT, VramAddr};
+use parking_lot::RwLock;
 use std::{
+    collections::BTreeSet,
     io,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
@@ -27,6 +29,10 @@ pub struct Vram {
     region: MmapRegion,
     /// A bit for each 2 MiB that was written to since the last reset.
     written: Vec<AtomicU64>,
+    /// Numbers of the pages whose contents are lost.
+    poisoned: RwLock<BTreeSet<u64>>,
+    /// Whether there are any, to be asked at each access.
+    any_poisoned: AtomicBool,
 }
 
 impl Vram {
@@ -44,7 +50,12 @@ impl Vram {
             .unwrap_or_else(|error| log::debug!("VRAM will have no huge pages: {error}"));
         let words = (size >> HUGE_PAGE_SHIFT).div_ceil(64);
         let written = (0..words).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { region, written })
+        Ok(Self {
+            region,
+            written,
+            poisoned: RwLock::default(),
+            any_poisoned: AtomicBool::new(false),
+        })
     }
 
     /// Bytes of VRAM.
@@ -76,6 +87,34 @@ impl Vram {
     pub fn word(&self, at: VramAddr) -> Option<&AtomicU64> {
         let at = usize::try_from(at.get()).ok()?;
         self.region.get_atomic_ref(at).ok()
+    }
+
+    /// Makes the page around an address unreadable, until all is cleared. Whether it was readable.
+    pub fn poison(&self, at: VramAddr) -> bool {
+        // Nobody may take it for untouched, and its zeroes for granted.
+        self.mark_written(at, 1);
+        let new = self.poisoned.write().insert(at.get() >> PAGE_SHIFT);
+        self.any_poisoned.store(true, Ordering::Release);
+        new
+    }
+
+    /// The pages that were poisoned, in order.
+    pub fn poisoned_pages(&self) -> Vec<VramAddr> {
+        let pages = self.poisoned.read();
+        let address = |page: &u64| VramAddr::new(page << PAGE_SHIFT);
+        pages.iter().map(address).collect()
+    }
+
+    /// How many bytes from `at` on, `length` at most, can be accessed.
+    pub fn sound_bytes(&self, at: VramAddr, length: u64) -> u64 {
+        if !self.any_poisoned.load(Ordering::Acquire) {
+            return length;
+        }
+        let first = at.get() >> PAGE_SHIFT;
+        match self.poisoned.read().range(first..).next() {
+            Some(page) => length.min((page << PAGE_SHIFT).saturating_sub(at.get())),
+            None => length,
+        }
     }
 
     /// Takes note that memory is in use.
@@ -129,7 +168,7 @@ impl Vram {
         word.is_none_or(|word| word.load(Ordering::Relaxed) >> (block % 64) & 1 != 0)
     }
 
-    /// Zeroes all of it, by giving it back to the host.
+    /// Zeroes all of it, by giving it back to the host. No page is poisoned any more.
     pub fn clear(&self) {
         if let Err(error) = advise(&self.region, libc::MADV_DONTNEED) {
             log::error!("VRAM is zeroed by hand, as the host does not take it back: {error}");
@@ -140,6 +179,8 @@ impl Vram {
         for word in &self.written {
             word.store(0, Ordering::Relaxed);
         }
+        self.any_poisoned.store(false, Ordering::Release);
+        self.poisoned.write().clear();
     }
 }
 

@@ -5,7 +5,7 @@
 //! carries its translations with it. Until it is retired, invalidations wait for it.
 
 use super::{
-    memory::{CopyError, Memory},
+    memory::{CopyError, Lack, Memory, NoMemory},
     mmu::Target,
     settings::WORK_STEPS,
     vram::Vram,
@@ -83,10 +83,17 @@ pub(crate) enum Source {
 pub(crate) enum Outcome {
     /// All of it was done: bytes or repetitions, and what the operation computed.
     Done { amount: u64, value: u64 },
-    /// No memory is there: so far into the first (destination) or second (source) operand.
-    NoMemory { operand: Operand, offset: u64 },
-    /// No memory is there any more for this run of a copy list.
-    BadRun { run: u32 },
+    /// No memory that can be used is there, in the first (destination) or second (source) operand.
+    NoMemory { operand: Operand, at: NoMemory },
+    /// The same of a run of a copy list.
+    BadRun(BadRun),
+}
+
+/// A run of a copy list that cannot be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BadRun {
+    pub(crate) run: u32,
+    pub(crate) lack: Lack,
 }
 
 /// Which address of an access.
@@ -142,8 +149,8 @@ impl Operation {
             Self::Copy { to, from } => {
                 return match memory.copy(to, from) {
                     Ok(()) => done(bytes, 0),
-                    Err(CopyError::Source(at)) => no_memory(Operand::Source, at.offset),
-                    Err(CopyError::Destination(at)) => no_memory(Operand::Destination, at.offset),
+                    Err(CopyError::Source(at)) => no_memory(Operand::Source, at),
+                    Err(CopyError::Destination(at)) => no_memory(Operand::Destination, at),
                 };
             }
             Self::Fill { to, pattern } => memory.fill(to, *pattern).map(|()| done(bytes, 0)),
@@ -162,12 +169,12 @@ impl Operation {
             Self::Chase { start, page, steps } => return chase(memory, *start, *page, *steps),
         };
         // An access with one address has it as its destination.
-        result.unwrap_or_else(|at| no_memory(Operand::Destination, at.offset))
+        result.unwrap_or_else(|at| no_memory(Operand::Destination, at))
     }
 }
 
-fn no_memory(operand: Operand, offset: u64) -> Outcome {
-    Outcome::NoMemory { operand, offset }
+fn no_memory(operand: Operand, at: NoMemory) -> Outcome {
+    Outcome::NoMemory { operand, at }
 }
 
 fn execute_list(memory: Memory<'_>, pieces: &[Piece], bytes: u64) -> Outcome {
@@ -177,8 +184,11 @@ fn execute_list(memory: Memory<'_>, pieces: &[Piece], bytes: u64) -> Outcome {
             Source::Pattern(pattern) => memory.fill(&[Target { at: to, length }], pattern),
             Source::Memory(from) => memory.copy_run(to, from, length),
         };
-        if done.is_err() {
-            return Outcome::BadRun { run: piece.run };
+        if let Err(NoMemory { lack, .. }) = done {
+            return Outcome::BadRun(BadRun {
+                run: piece.run,
+                lack,
+            });
         }
     }
     Outcome::Done {
@@ -198,8 +208,9 @@ fn chase(memory: Memory<'_>, start: GpuVa, page: Window, steps: u64) -> Outcome 
         };
         value = match memory.load(super::mmu::advance(page.target.at, offset)) {
             Ok(value) => value,
-            Err(_) => {
-                return no_memory(Operand::Destination, next.get().wrapping_sub(start.get()));
+            Err(at) => {
+                let offset = next.get().wrapping_sub(start.get());
+                return no_memory(Operand::Destination, NoMemory { offset, ..at });
             }
         };
         next = GpuVa::new(value).align_down(8);

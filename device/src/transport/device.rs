@@ -27,7 +27,10 @@ use crate::{
     gpu::{Gpu, Stats},
     rate_limit::RateLimit,
 };
-use farfault_protocol::config::{ConfigSpace, queue};
+use farfault_protocol::{
+    address::VramAddr,
+    config::{ConfigSpace, queue},
+};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde::Serialize;
 use std::{
@@ -364,6 +367,14 @@ impl Answer for Device {
                     log::warn!("copies are off: they move nothing, and data is lost");
                 }
                 serde_json::to_value(CopiesState { copies: on })
+            }
+            Request::Poison { address } => {
+                let poison = |queues: &mut Queues| queues.gpu.poison(VramAddr::new(address));
+                if let Err(error) = self.with(poison) {
+                    return Response::Error(format!("cannot poison {address:#x}: {error}"));
+                }
+                log::warn!("the page of VRAM at {address:#x} is poisoned");
+                serde_json::to_value(self.look(Gpu::vram).poisoned)
             }
         };
         match answer {

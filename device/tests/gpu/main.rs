@@ -10,6 +10,7 @@ mod jobs;
 mod manual;
 mod mmu;
 mod model;
+mod poison;
 mod promise;
 mod rig;
 mod scale;

@@ -95,6 +95,34 @@ fn context_that_does_not_exist_is_one_clear_line() {
 }
 
 #[test]
+fn poisoned_page_is_told_to_the_guest_and_shown() {
+    let device = Device::start();
+    let mut guest = Guest::boot(&device);
+    let before = device.transport_stat("events");
+    let answer = device.json(&["poison", "0x201008"]);
+    assert_eq!(answer, serde_json::json!([{"page": 0x20_1000}]));
+    device.wait_for_transport_stat("events", before + 1);
+    assert_eq!(device.json(&["inspect", "vram"])["poisoned"], answer);
+    let table = device.command(&["inspect", "vram"]);
+    assert!(
+        String::from_utf8_lossy(&table.stdout).contains("0x201000"),
+        "{table:?}"
+    );
+    let outside = device.command(&["poison", "64000000000"]);
+    assert!(
+        !outside.status.success() && !outside.stderr.is_empty(),
+        "{outside:?}"
+    );
+    guest.stop();
+    guest.start();
+    guest.control_ok(&nop());
+    assert_eq!(
+        device.json(&["inspect", "vram"])["poisoned"],
+        serde_json::json!([])
+    );
+}
+
+#[test]
 fn device_that_does_not_run_is_one_clear_line() {
     let folder = tempfile::tempdir().unwrap();
     let output = Command::new(program())

@@ -76,6 +76,8 @@ enum farfault_job_status {
 	FARFAULT_JOB_BUS_ERROR = 3,	/* the GPU could not reach the memory behind fault_address */
 	FARFAULT_JOB_DEVICE_LOST = 4,	/* the device stopped answering, or was unbound or
 					 * unplugged, while the job was under way */
+	FARFAULT_JOB_MEMORY_ERROR = 5,	/* the memory behind fault_address has failed: its contents
+					 * are lost, and a CPU that touches it gets SIGBUS */
 };
 
 enum farfault_access {

@@ -85,6 +85,17 @@ pub enum Error {
         /// The page.
         address: u64,
     },
+    /// The memory behind an address has failed.
+    #[error(
+        "{kernel} job failed: the GPU's memory behind {address:#x} has failed, and its contents are \
+         lost; map the page anew before it is used again"
+    )]
+    MemoryError {
+        /// What ran.
+        kernel: Kernel,
+        /// The page.
+        address: u64,
+    },
     /// The device stopped answering, or the driver was unbound, while the job ran.
     #[error(
         "{0} job was lost: the GPU stopped answering or was taken away while it ran; see `dmesg`, \

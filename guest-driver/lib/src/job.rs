@@ -112,6 +112,7 @@ pub(crate) fn outcome(kernel: Kernel, end: &uapi::Wait) -> Result<u64> {
         }),
         Some(JobStatus::Killed) => Err(Error::Killed(kernel)),
         Some(JobStatus::BusError) => Err(Error::BusError { kernel, address }),
+        Some(JobStatus::MemoryError) => Err(Error::MemoryError { kernel, address }),
         Some(JobStatus::DeviceLost) => Err(Error::DeviceLost(kernel)),
         None => Err(unknown("job status", end.status)),
     }

@@ -175,6 +175,9 @@ raw_enum! {
         BusError = 3,
         /// The device stopped answering, or was unbound or unplugged, while the job was under way.
         DeviceLost = 4,
+        /// The memory behind [`Wait::fault_address`] has failed: its contents are lost, and a CPU
+        /// that touches it gets SIGBUS.
+        MemoryError = 5,
     }
 }
 

@@ -269,7 +269,7 @@ fn mirror_items_all_compared() {
 fn from_raw_of_unknown_number_is_none() {
     assert_eq!(uapi::Kernel::from_raw(0), None);
     assert_eq!(uapi::Kernel::from_raw(8), None);
-    assert_eq!(uapi::JobStatus::from_raw(5), None);
+    assert_eq!(uapi::JobStatus::from_raw(6), None);
     assert_eq!(uapi::Access::from_raw(0), None);
     assert_eq!(uapi::Place::from_raw(3), None);
     assert_eq!(uapi::Advice::from_raw(u32::MAX), None);

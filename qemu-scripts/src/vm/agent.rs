@@ -377,6 +377,19 @@ impl GuestProcess {
         }))
     }
 
+    /// What it has written to standard output so far.
+    #[must_use]
+    pub fn stdout_so_far(&self) -> String {
+        let table = self.agent.table();
+        let output = table
+            .commands
+            .get(&self.id)
+            .map(|state| &state.output.stdout);
+        output.map_or_else(String::new, |bytes| {
+            String::from_utf8_lossy(bytes).into_owned()
+        })
+    }
+
     /// Writes to standard input.
     ///
     /// # Errors

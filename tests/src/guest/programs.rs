@@ -10,7 +10,7 @@ use super::{
     call::{self, Job},
     mirror::{Action, Mirror},
     oracle,
-    place::{migrate, move_all},
+    place::{migrate, move_all, state},
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -23,6 +23,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     pipe::pipe,
+    process::Signal,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -55,6 +56,9 @@ pub const HOLD_PAGES: &str = "hold-pages";
 pub const HOLD_CLOSED: &str = "hold-closed";
 /// Has a descriptor and pages in VRAM, and goes on working when it gets a line.
 pub const HOLD_OPEN: &str = "hold-open";
+/// Has pages in VRAM, prints the addresses there of [`FAILING`] as JSON, and expects these to fail after
+/// [`READY`].
+pub const LOSE_MEMORY: &str = "lose-memory";
 /// Has a descriptor, pages in VRAM and a job, and expects the GPU to be unbound after [`READY`].
 /// When it gets a line, the GPU is there again.
 pub const LOSE_DRIVER: &str = "lose-driver";
@@ -73,6 +77,10 @@ pub const READY: &str = "ready";
 pub const DONE: &str = "done";
 
 pub(super) const PROGRAMS: &[Program] = &[
+    Program {
+        name: LOSE_MEMORY,
+        run: lose_memory,
+    },
     Program {
         name: EXIT_WITH_PAGES,
         run: exit_with_pages,
@@ -442,6 +450,65 @@ fn lose_driver(_: &[String]) -> Result<()> {
     Job::add(region, 1).waves(4).run(&new)?;
     oracle::check(region, SEED, 2)?;
     call::ensure_every_call_fails(&gpu, small, Errno::NODEV)
+}
+
+/// How memory is backed whose page with this number fails: a small one, one inside a huge one, and a
+/// huge one's first.
+const FAILING: [(Backing<'_>, usize); 3] =
+    [(Backing::Small, 5), (Backing::Huge, 7), (Backing::Huge, 0)];
+
+fn lose_memory(_: &[String]) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let mut memory = Vec::new();
+    let mut failing = Vec::new();
+    for (backing, page) in FAILING {
+        let region = written(HUGE_PAGE_SIZE, backing)?;
+        move_all(&gpu, region, Place::Vram)?;
+        let vram = state(&gpu, region, page)?.cpu.vram;
+        failing.push(vram.context("QUERY says nothing of a page in VRAM")?);
+        memory.push((region, page));
+    }
+    println!("{}", serde_json::to_string(&failing)?);
+    say(READY);
+    wait_for_a_line()?;
+    for (region, page) in memory {
+        let word = page * PAGE_SIZE / 8;
+        let end = Job::sum(region).end(&gpu)?;
+        call::ensure_status(&end, JobStatus::MemoryError)?;
+        let bad = region.part(page * PAGE_SIZE, PAGE_SIZE);
+        ensure!(
+            end.fault_address == bad.address() && end.result == 0,
+            "{end:x?}"
+        );
+        // Those who touch it get SIGBUS, to read and to write.
+        for touch in [
+            |bad: Region| {
+                std::hint::black_box(bad.load(0));
+            },
+            |bad: Region| bad.store(0, 1),
+        ] {
+            let child = fork(|| {
+                touch(bad);
+                0
+            })?;
+            ensure!(child.wait()? == Ended::Signaled(Signal::BUS.as_raw()));
+        }
+        // All around it is as it was, for the CPU and then for the GPU.
+        let parts = [(0, page), (page + 1, HUGE_PAGE_SIZE / PAGE_SIZE)];
+        for (from, to) in parts.into_iter().filter(|(from, to)| from < to) {
+            let part = region.part(from * PAGE_SIZE, (to - from) * PAGE_SIZE);
+            oracle::check_part(part, SEED, from * PAGE_SIZE / 8, 0)?;
+            Job::add(part, 1).run(&gpu)?;
+            oracle::check_part(part, SEED, from * PAGE_SIZE / 8, 1)?;
+        }
+        // Given up and mapped anew, the address has memory again.
+        bad.discard()?;
+        ensure!(region.load(word) == 0);
+        Job::add(bad, 3).run(&gpu)?;
+        ensure!(region.load(word) == 3);
+    }
+    say(DONE);
+    Ok(())
 }
 
 fn lose_device(_: &[String]) -> Result<()> {

@@ -10,13 +10,14 @@
 //! | --- | --- |
 //! | `machines` | boots VMs, shares them among cases, checks them after each |
 //! | `inside` | what GPU and driver say about themselves |
-//! | `programs`, `tables`, `lifecycle`, `mirrors`, `injection`, `loss` | the cases of the host |
+//! | `programs`, `tables`, `lifecycle`, `mirrors`, `injection`, `memory_failure`, `loss` | the cases of the host |
 
 mod injection;
 mod inside;
 mod lifecycle;
 mod loss;
 mod machines;
+mod memory_failure;
 mod mirrors;
 mod programs;
 mod tables;
@@ -42,6 +43,7 @@ fn host_cases() -> impl Iterator<Item = &'static HostCase> {
         lifecycle::CASES,
         mirrors::CASES,
         injection::CASES,
+        memory_failure::CASES,
         loss::CASES,
     ];
     groups.into_iter().flatten()
