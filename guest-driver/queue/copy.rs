@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Lists of physical copies (hardware manual, chapter 5): written, sent, and waited for.
 
-use super::{Channel, Request};
+use super::{Channel, Request, POLL};
 use crate::kapi::spinlock_irq::{new_spinlock_irq, SpinLockIrq};
 use farfault_protocol::{
     command::{CommandHeader, Status},
     submit::{Copy, CopyAperture, CopyRun, Opcode, Reply},
 };
-use kernel::prelude::*;
+use kernel::{page::PAGE_SHIFT, prelude::*, time::Delta};
 use zerocopy::IntoBytes;
 
 /// Runs of one request. Its memory grows with them.
@@ -16,6 +16,10 @@ const RUNS: usize = 512;
 pub(crate) const REQUEST_BYTES: usize = size_of::<Copy>() + RUNS * size_of::<CopyRun>();
 /// Runs that there is room for at once.
 const FIRST_RUNS: usize = 8;
+
+/// How long an answer is looked for, beyond [`super::POLL`], for each 4 KiB that a list copies: more than
+/// that takes, but less than to sleep and to be woken for a few hundred.
+const POLL_PER_PAGE: Delta = Delta::from_micros(1);
 
 /// Most requests that are kept for the next list.
 const SPARE: usize = 8;
@@ -65,6 +69,8 @@ pub(crate) struct CopyList<'a> {
     last: Option<CopyRun>,
     /// The device's limit for one run, in bytes.
     longest: u32,
+    /// How many are copied in all.
+    bytes: usize,
     /// How many of the requests were sent.
     sent: usize,
 }
@@ -79,6 +85,7 @@ impl<'a> CopyList<'a> {
             runs: RUNS,
             last: None,
             longest,
+            bytes: 0,
             sent: 0,
         }
     }
@@ -94,6 +101,7 @@ impl<'a> CopyList<'a> {
             self.write_last()?;
         }
         self.last = joined.or(Some(run));
+        self.bytes += run.length.get() as usize;
         Ok(())
     }
 
@@ -144,10 +152,14 @@ impl<'a> CopyList<'a> {
     /// VRAM has failed there, and an event that tells where is on its way.
     pub(crate) fn finish(&mut self, channel: &Channel) -> Result {
         let sent = core::mem::take(&mut self.sent);
+        let pages = (self.bytes >> PAGE_SHIFT) as i64;
+        let poll_limit = Delta::from_nanos(POLL.as_nanos() + pages * POLL_PER_PAGE.as_nanos());
         let mut result = Ok(());
         for request in self.requests.iter_mut().take(sent) {
             // All of them, whatever becomes of one.
-            let finished = channel.finish(request).and_then(|()| status(request));
+            let finished = channel
+                .finish(request, poll_limit)
+                .and_then(|()| status(request));
             result = result.and(finished);
         }
         result

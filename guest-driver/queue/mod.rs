@@ -239,15 +239,15 @@ impl Channel {
         })
     }
 
-    /// Waits for the reply to a request that was sent, which the request holds then. `ETIMEDOUT`: no
-    /// answer in [`TIME_LIMIT`].
-    fn finish(&self, request: &mut Request) -> Result {
+    /// Waits for the reply to a request that was sent, which the request holds then; without sleeping
+    /// for as long as `poll_limit`. `ETIMEDOUT`: no answer in [`TIME_LIMIT`].
+    fn finish(&self, request: &mut Request, poll_limit: Delta) -> Result {
         let call = &request.call;
         let is_answered = || {
             self.drain();
             matches!(*call.progress.lock(), Progress::Answered(_))
         };
-        let _sleep = (!poll(POLL, is_answered)).then(|| Sleep::new(self));
+        let _sleep = (!poll(poll_limit, is_answered)).then(|| Sleep::new(self));
         loop {
             let waited = call.answered.wait_timeout(TIME_LIMIT);
             let mut progress = call.progress.lock();
@@ -270,7 +270,7 @@ impl Channel {
     /// Sends a request and waits for the reply. Errors as for both steps.
     fn call(&self, request: &mut Request) -> Result {
         self.start(request)?;
-        self.finish(request)
+        self.finish(request, POLL)
     }
 
     /// Sends a batch of control commands. Returns how the last one executed ended.

@@ -50,6 +50,7 @@ pub fn guest_programs(paths: &Paths, setup: &Setup) -> Result<Vec<Program>> {
         &[
             "--bins",
             "--package=farfault-init",
+            "--package=farfault-profile",
             "--package=farfault",
             "--package=farfault-tests",
         ],

@@ -7,6 +7,7 @@
 
 mod figures;
 mod memcpy;
+mod profile;
 mod rounds;
 mod suite;
 mod table;
@@ -41,6 +42,9 @@ pub(crate) struct Arguments {
     /// One round, and 16 MB the only size of migrations by our own calls: to see that it works, not to trust
     #[arg(long, conflicts_with = "rounds")]
     quick: bool,
+    /// Show where the guest's kernel spends its time in the suite's benchmark, on both drivers, and measure nothing
+    #[arg(long, conflicts_with_all = ["rounds", "quick", "json"])]
+    profile: bool,
     /// A further argument for the guest's kernel, such as init_on_alloc=0; may be given again
     #[arg(long, value_name = "ARGUMENT")]
     append: Vec<String>,
@@ -65,6 +69,10 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
         ..Config::default()
     };
     arguments.vm.run_config(options, config, Extra::Suite, |vm, prepared| {
+        if arguments.profile {
+            profile::show(vm)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let rounds = rounds::measure(vm, rounds, sizes)?;
         let rows = figures::rows(&rounds, sizes)?;
         print!("{}", table::text(&rows));

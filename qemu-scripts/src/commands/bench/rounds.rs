@@ -120,15 +120,15 @@ fn host_memcpy(_: &mut Vm, sizes: &[u32], round: &mut Round) -> anyhow::Result<(
 }
 
 /// Loads a module with its parameters, does something, and unloads it.
-fn with_module(
+pub(super) fn with_module<T>(
     vm: &mut Vm,
     module: &[&str],
-    act: impl FnOnce(&mut Vm) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
+    act: impl FnOnce(&mut Vm) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     let mut insmod = vec!["insmod"];
     insmod.extend(module);
     vm.run(&insmod, MODULE_LIMIT)?.expect_success()?;
-    act(vm)?;
+    let result = act(vm)?;
     let path = module.first().copied().unwrap_or_default();
     let name = Path::new(path).file_stem().unwrap_or_default();
     // A program that the suite has killed may be on its way out yet, and its file with it.
@@ -137,7 +137,7 @@ fn with_module(
         let output = vm.run(&["rmmod", &name.to_string_lossy()], MODULE_LIMIT)?;
         if output.success() || started.elapsed() > MODULE_LIMIT {
             output.expect_success()?;
-            return Ok(());
+            return Ok(result);
         }
         thread::sleep(Duration::from_secs(1));
     }
