@@ -4,6 +4,7 @@
 
 mod access;
 mod cgroup;
+mod compaction;
 mod files;
 mod fork;
 mod fork_order;
@@ -16,6 +17,7 @@ mod mprotect;
 mod mremap;
 mod munmap;
 mod pins;
+mod proc;
 mod start;
 mod userfault;
 mod userfaultfd;
@@ -32,10 +34,12 @@ pub(super) const GROUPS: &[&[Case]] = &[
     madvise::CASES,
     mlock::CASES,
     ksm::CASES,
+    khugepaged::CASES,
+    compaction::CASES,
     userfaultfd::CASES,
+    proc::CASES,
     memcg::CASES,
     access::CASES,
     pins::CASES,
     files::CASES,
-    khugepaged::CASES,
 ];

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Compaction while pages are mirrored or in VRAM. Whether it moves any of them is mm's business.
+
+use super::start::{SEED, ensure_agreement, exercise, exercise_all, while_adding};
+use crate::guest::{
+    call::Job,
+    oracle,
+    place::{ensure_place, move_all},
+};
+use anyhow::{Context, Result};
+use farfault::arena::{Backing, Region};
+use farfault::{Advice, Gpu, PAGE_SIZE, Place};
+use std::fs;
+
+group! { "mm::compaction", gpus 1, seconds 120:
+    jobs_that_write_during_compaction_lose_nothing,
+    pages_in_vram_stay_where_they_are,
+}
+
+const LENGTH: usize = 8 << 20;
+
+fn compact() -> Result<()> {
+    fs::write("/proc/sys/vm/compact_memory", "1").context("the kernel cannot compact memory")
+}
+
+/// A mirrored region with holes between its pages in RAM, for compaction to fill.
+fn scattered(gpu: &Gpu) -> Result<Region> {
+    let (region, between) = (
+        Region::map(LENGTH, Backing::Small)?,
+        Region::map(LENGTH, Backing::Small)?,
+    );
+    let words = PAGE_SIZE / 8;
+    for page in 0..region.pages().count() {
+        // One after the other, so that they lie so.
+        for index in page * words..(page + 1) * words {
+            region.store(index, oracle::word(SEED, index));
+        }
+        between.store(page * words, 1);
+    }
+    gpu.advise(region.pages(), Advice::MapOnly)?;
+    Job::add(region, 0).waves(4).run(gpu)?;
+    between.unmap()?;
+    Ok(region)
+}
+
+fn jobs_that_write_during_compaction_lose_nothing() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = scattered(&gpu)?;
+    for _ in 0..6 {
+        while_adding(&gpu, region, compact)?;
+    }
+    exercise(&gpu, region, 0, 6)
+}
+
+fn pages_in_vram_stay_where_they_are() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = scattered(&gpu)?;
+    let half = region.part(0, LENGTH / 2);
+    move_all(&gpu, half, Place::Vram)?;
+    compact()?;
+    ensure_place(&gpu, half, Place::Vram)?;
+    ensure_agreement(&gpu, region)?;
+    exercise_all(&gpu, region)
+}
