@@ -7,8 +7,7 @@
 //!
 //! Not offered: `RING_PACKED`; `CONFIGURE_MEM_SLOTS` (QEMU crashes with it in some combinations);
 //! `INFLIGHT_SHMFD` (not in the crate); `BACKEND_REQ` and shared-memory regions (VRAM is not shown to
-//! the guest's CPU). A VM that is paused (`stop`, a snapshot) stops all queues, which cannot be told
-//! from a reset: its GPU is reset.
+//! the guest's CPU).
 
 use super::{
     Device,
@@ -157,7 +156,10 @@ impl VhostUserBackend for Backend {
         let (Ok(index), Some(vring)) = (u16::try_from(thread), vrings.first()) else {
             return Ok(());
         };
+        vring.belongs_to(&self.device);
         self.device.attach(index, || Ring::new(vring.clone()));
+        // A front end may leave rings enabled while they are stopped.
+        self.device.leave_halt();
         self.device.serve(index);
         Ok(())
     }

@@ -60,6 +60,10 @@ struct State {
     queues: Queues,
     /// How many wait until no work is in flight: none is started.
     holds: u32,
+    /// The front end has stopped a ring: no work is started until it starts one.
+    halted: bool,
+    /// It has stopped all of them, when they were taken so far.
+    stopped: Option<[Option<u16>; QUEUES]>,
     /// Workers end.
     ending: bool,
 }
@@ -91,6 +95,8 @@ impl Device {
             state: Mutex::new(State {
                 queues: Queues::new(gpu),
                 holds: 0,
+                halted: false,
+                stopped: None,
                 ending: false,
             }),
             work: Condvar::new(),
@@ -171,21 +177,52 @@ impl Device {
         self.wait_quiet(&mut state)
     }
 
-    /// The front end stopped a ring. If it was the last that ran, the driver has reset the device.
+    /// The front end stopped a ring: because the driver resets the device, or because the VM is paused.
+    /// Which of them shows when it starts again. On return nothing is done until then.
     pub(super) fn ring_stopped(&self) -> io::Result<()> {
         let mut state = self.state.lock();
-        if state.queues.any_running() {
-            Ok(())
-        } else {
-            self.reset(&mut state)
+        state.halted = true;
+        if state.stopped.is_none() && !state.queues.any_running() {
+            state.stopped = Some(state.queues.bases());
         }
+        self.wait_quiet(&mut state)
+    }
+
+    /// The front end has started a ring again.
+    pub(super) fn ring_started(&self) {
+        self.leave_halt();
+        // Of each ring: it may be the one for which something is held.
+        self.with(Queues::go_on);
+        self.work.notify_all();
+    }
+
+    /// A ring runs. If all were stopped, it is either the VM that goes on, with its rings as they were, or a
+    /// driver that begins with new ones: then the GPU is as new.
+    pub(super) fn leave_halt(&self) {
+        let mut state = self.state.lock();
+        if !state.halted || !state.queues.any_running() {
+            return;
+        }
+        let bases = state.queues.bases();
+        if state.stopped.take().is_some_and(|before| before != bases) {
+            if let Err(error) = self.reset(&mut state) {
+                log::error!("the GPU cannot be reset: {error}");
+            }
+        }
+        state.halted = false;
+        drop(state);
+        self.with(Queues::go_on);
+        self.work.notify_all();
     }
 
     /// The front end is gone: on return its memory is not used any more, and the GPU is as new.
     pub(super) fn detach(&self) -> io::Result<()> {
         let mut state = self.state.lock();
         state.queues.forget_front_end();
-        self.reset(&mut state)
+        state.stopped = None;
+        self.reset(&mut state)?;
+        state.halted = false;
+        Ok(())
     }
 
     fn reset(&self, state: &mut MutexGuard<'_, State>) -> io::Result<()> {
@@ -305,7 +342,7 @@ impl Device {
         &'a self,
         mut state: MutexGuard<'a, State>,
     ) -> Result<(), MutexGuard<'a, State>> {
-        if state.holds != 0 {
+        if state.holds != 0 || state.halted {
             return Err(state);
         }
         // Looking for work parks the waves that fault, which the driver is to hear of at once.

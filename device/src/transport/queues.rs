@@ -71,6 +71,9 @@ pub(super) struct Queues {
     next_tag: u64,
     /// Queues whose requests stay in the ring until the GPU has room for more.
     left: [bool; QUEUES],
+    /// Chains to be given back to rings that were stopped, when they run again: queue, head, and bytes
+    /// written.
+    held: Vec<(u16, u16, u32)>,
     /// Posted and empty, oldest first. As many as the GPU has credits.
     event_buffers: VecDeque<(u16, Chain)>,
     bad_chain_log: RateLimit,
@@ -107,6 +110,7 @@ impl Queues {
             outstanding: [0; QUEUES],
             next_tag: 0,
             left: [false; QUEUES],
+            held: Vec::new(),
             event_buffers: VecDeque::new(),
             bad_chain_log: RateLimit::default(),
             bad_ring_log: RateLimit::default(),
@@ -133,11 +137,28 @@ impl Queues {
         self.rings.iter().flatten().any(Ring::is_running)
     }
 
+    /// How far each ring was taken; nobody knows of one that was never started.
+    pub(super) fn bases(&self) -> [Option<u16>; QUEUES] {
+        self.rings
+            .each_ref()
+            .map(|ring| ring.as_ref().map(Ring::base))
+    }
+
+    /// After rings were stopped and run again: what was held is given back, and each ring is looked at, as
+    /// its kicks may have been lost.
+    pub(super) fn go_on(&mut self) {
+        for (index, head, written) in std::mem::take(&mut self.held) {
+            self.give_back(index, head, written);
+        }
+        self.left = [true; QUEUES];
+    }
+
     /// Forgets everything that belongs to the driver's rings. The GPU is reset by the caller.
     pub(super) fn forget_requests(&mut self) {
         self.pending.clear();
         self.outstanding = [0; QUEUES];
         self.left = [false; QUEUES];
+        self.held.clear();
         self.event_buffers.clear();
     }
 
@@ -360,9 +381,14 @@ impl Queues {
     }
 
     fn give_back(&mut self, index: u16, head: u16, written: u32) {
-        if let Some(Some(ring)) = self.rings.get_mut(usize::from(index)) {
+        let Some(Some(ring)) = self.rings.get_mut(usize::from(index)) else {
+            return;
+        };
+        if ring.is_running() {
             let result = ring.give_back(&self.memory, head, written);
             self.check_ring(index, result);
+        } else {
+            self.held.push((index, head, written));
         }
     }
 

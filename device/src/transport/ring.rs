@@ -46,6 +46,12 @@ impl Ring {
         self.vring.get_ref().get_queue().size()
     }
 
+    /// How far chains were taken, as the front end is told when it stops the ring, and tells when it
+    /// starts it again.
+    pub(super) fn base(&self) -> u16 {
+        self.vring.queue_next_avail()
+    }
+
     /// The next chain, if there is one and the ring runs.
     ///
     /// An error means that the ring's own indices make no sense or that it is not in RAM: nothing
@@ -59,16 +65,13 @@ impl Ring {
         Ok(next)
     }
 
-    /// Gives chain `head` back, `written` bytes of it written.
+    /// Gives chain `head` of a ring that runs back, `written` bytes of it written.
     pub(super) fn give_back(
         &mut self,
         memory: &GuestMemoryMmap,
         head: u16,
         written: u32,
     ) -> Result<(), Error> {
-        if !self.is_running() {
-            return Ok(());
-        }
         // The ring would refuse it too, but would log each time.
         if head >= self.size() {
             return Err(Error::InvalidDescriptorIndex);

@@ -5,9 +5,15 @@
 //! file descriptor; if there is nothing to read, the queue's thread ends. That happens when the front
 //! end replaces the descriptor in between, as it does at every reset of the guest's driver. Here an
 //! empty kick is no error. Nor does a kick or an interrupt block, whatever file the front end sent for
-//! it. All else is the crate's.
+//! it. And the crate does not tell when the front end starts a ring again that it had stopped; here the
+//! device is told. All else is the crate's.
 
-use std::{fs::File, io};
+use super::Device;
+use std::{
+    fs::File,
+    io,
+    sync::{Arc, OnceLock, Weak},
+};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -16,7 +22,14 @@ type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// The state of one queue, shared by the threads that need it.
 #[derive(Clone)]
-pub(super) struct Vring(VringMutex);
+pub(super) struct Vring(VringMutex, Arc<OnceLock<Weak<Device>>>);
+
+impl Vring {
+    /// Who is told when the ring is started again.
+    pub(super) fn belongs_to(&self, device: &Arc<Device>) {
+        self.1.get_or_init(|| Arc::downgrade(device));
+    }
+}
 
 impl<'a> VringStateGuard<'a, Memory> for Vring {
     type G = <VringMutex as VringStateGuard<'a, Memory>>::G;
@@ -28,7 +41,7 @@ impl<'a> VringStateMutGuard<'a, Memory> for Vring {
 
 impl VringT<Memory> for Vring {
     fn new(memory: Memory, max_queue_size: u16) -> Result<Self, Error> {
-        VringMutex::new(memory, max_queue_size).map(Self)
+        VringMutex::new(memory, max_queue_size).map(|vring| Self(vring, Arc::default()))
     }
 
     fn set_kick(&self, file: Option<File>) {
@@ -74,6 +87,9 @@ impl VringT<Memory> for Vring {
 
     fn set_enabled(&self, enabled: bool) {
         self.0.set_enabled(enabled);
+        if let (true, Some(device)) = (enabled, self.1.get().and_then(Weak::upgrade)) {
+            device.ring_started();
+        }
     }
 
     fn set_queue_info(&self, descriptors: u64, available: u64, used: u64) -> Result<(), Error> {

@@ -111,9 +111,14 @@ impl Guest {
     /// Starts all queues, with fresh rings.
     pub(crate) fn start(&mut self) {
         self.rings = [0, 1, 2].map(|index| Ring::new(&self.memory, index, RING_SIZE));
+        self.start_at([0; 3]);
+    }
+
+    /// Starts all queues, with the rings that are there, taken so far; in QEMU's order.
+    fn start_at(&mut self, bases: [u16; 3]) {
         let to_host = self.host_address(GuestAddress(GUEST_BASE)) - GUEST_BASE;
-        for (index, ring) in self.rings.iter().enumerate() {
-            let frontend = &mut self.frontend;
+        let frontend = &mut self.frontend;
+        for ((index, ring), base) in self.rings.iter().enumerate().zip(bases) {
             frontend
                 .set_vring_num(index, ring.size)
                 .expect("SET_VRING_NUM");
@@ -131,17 +136,36 @@ impl Guest {
                     },
                 )
                 .expect("SET_VRING_ADDR");
-            frontend.set_vring_base(index, 0).expect("SET_VRING_BASE");
+            frontend
+                .set_vring_base(index, base)
+                .expect("SET_VRING_BASE");
             frontend
                 .set_vring_call(index, &ring.call)
                 .expect("SET_VRING_CALL");
             frontend
                 .set_vring_kick(index, &ring.kick)
                 .expect("SET_VRING_KICK");
+        }
+        for index in 0..3 {
             frontend
                 .set_vring_enable(index, true)
                 .expect("SET_VRING_ENABLE");
         }
+    }
+
+    /// Stops all queues and starts them again where they were, as QEMU does for a VM that is paused for some
+    /// time.
+    pub(crate) fn pause(&mut self, time: Duration) {
+        for index in 0..3 {
+            let disabled = self.frontend.set_vring_enable(index, false);
+            disabled.expect("SET_VRING_ENABLE");
+        }
+        let bases = [0, 1, 2].map(|index| {
+            let base = self.frontend.get_vring_base(index).expect("GET_VRING_BASE");
+            base as u16
+        });
+        std::thread::sleep(time);
+        self.start_at(bases);
     }
 
     /// Stops all queues, as QEMU does when the guest resets the device.

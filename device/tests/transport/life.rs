@@ -83,6 +83,38 @@ fn reset_in_the_middle_of_work_makes_the_gpu_as_new() {
 }
 
 #[test]
+fn pause_of_the_vm_keeps_contexts_jobs_vram_and_replies() {
+    let device = Device::start();
+    let mut guest = Guest::boot(&device);
+    let tables = guest.create_context(1);
+    guest.map(tables, 0x1000, Location::Vram(VramAddr::new(0x20_0000)));
+    guest
+        .memory
+        .write_obj(0x1000u64.to_le(), GuestAddress(DATA))
+        .unwrap();
+    let upload = CopyRun::upload(ram(0), VramAddr::new(0x20_0000), 4096);
+    guest.submit_ok(&copy(&[upload]));
+    // It chases itself for ever.
+    let endless = [0x1000, u64::MAX, 0, 0];
+    guest.submit_ok(&launch(1, Kernel::PointerChase, 1, endless));
+    for round in 0..20 {
+        let large = CopyRun::upload(ram(0), VramAddr::new(0x40_0000), 4 << 20);
+        let heads = [0; 4].map(|_| guest.send(queue::SUBMIT, &copy(&[large]), 8));
+        guest.pause(Duration::from_millis(round % 4));
+        let mut left = heads.to_vec();
+        while !left.is_empty() {
+            let (head, _) = guest.receive_any(queue::SUBMIT);
+            left.retain(|other| *other != head);
+        }
+        guest.control_ok(&nop());
+    }
+    let contexts = device.json(&["inspect", "contexts"]);
+    assert_eq!(contexts.as_array().map(Vec::len), Some(1));
+    let jobs = device.json(&["inspect", "jobs"]);
+    assert_eq!(jobs.as_array().map(Vec::len), Some(1));
+}
+
+#[test]
 fn ram_is_not_touched_after_a_reset() {
     let device = Device::start();
     let mut guest = Guest::boot(&device);
