@@ -18,7 +18,12 @@ use kernel::{
     page::PAGE_SIZE,
     prelude::*,
     sync::aref::ARef,
+    time::{delay::fsleep, Delta},
 };
+
+/// How often [`MmapLock::read_soon`] looks, and the pause between.
+const LOOKS: usize = 20;
+const PAUSE: Delta = Delta::from_millis(1);
 
 /// Order of what an entry of the third level maps as a whole.
 pub(crate) const PUD_ORDER: u32 = 18;
@@ -70,6 +75,18 @@ impl<'mm> MmapLock<'mm> {
     /// So it is.
     pub(super) unsafe fn was_given_up(self) {
         core::mem::forget(self);
+    }
+
+    /// Takes the lock if it can be had in a while: `None` if not. May sleep.
+    pub(crate) fn read_soon(mm: &'mm MmWithUser) -> Option<Self> {
+        for _ in 0..LOOKS {
+            if let Some(guard) = mm.mmap_read_trylock() {
+                // INVARIANT: The guard is made from `mm`.
+                return Some(Self { mm, _guard: guard });
+            }
+            fsleep(PAUSE);
+        }
+        None
     }
 
     /// Whose lock this is.

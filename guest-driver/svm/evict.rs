@@ -8,7 +8,8 @@
 //! of an anonymous page has no protection against an exiting process there. So to make room it is
 //! taken only under the mmap lock of the owner, and never while the owner exits.
 //!
-//! Nobody may hold an mmap lock here: the victim's is taken.
+//! Nobody may hold an mmap lock here: the victim's is taken. To make room that lock is tried for a
+//! while only: a process that keeps it is spared.
 
 use super::{flight::Flight, Space, REGION_BYTES};
 use crate::{
@@ -116,7 +117,11 @@ impl Gpu {
         victim.residents(&mut residents)?;
         if !residents.is_empty() {
             // Keeps munmap and exit out while the mappings of its pages are walked.
-            let _lock = mm.as_deref().map(MmapLock::read);
+            let lock = mm.as_deref().map(|mm| match cause {
+                Cause::Evict => MmapLock::read_soon(mm).ok_or(EBUSY),
+                _ => Ok(MmapLock::read(mm)),
+            });
+            let _lock = lock.transpose()?;
             moved += self.bring_leftovers_home(victim, cause)?;
         }
         let context = Some(victim.context());

@@ -322,7 +322,11 @@ impl Space {
         wanted: impl Fn(VramPage) -> bool,
     ) -> Result<Home> {
         let map = self.gpu.pagemap()?;
-        let lock = MmapLock::read(mm);
+        // The owner of what makes room may keep its lock for as long as its own work takes.
+        let lock = match cause {
+            Cause::Evict => MmapLock::read_soon(mm).ok_or(EBUSY)?,
+            _ => MmapLock::read(mm),
+        };
         let mut home = Home::default();
         let mut land = |(flight, batch): (Flight<'_>, Batch)| -> Result {
             let migrated: Migrated<'_> = flight.land()?;
