@@ -56,7 +56,7 @@ use kernel::{
 /// Queues of the device.
 pub(crate) const QUEUES: usize = config::queue::COUNT as usize;
 /// Most contexts that this driver keeps; the device may offer more.
-const MOST_CONTEXTS: u32 = 64;
+pub(crate) const MOST_CONTEXTS: u32 = 64;
 /// One page of this many may hold tables of one address space.
 const TABLE_SHARE: usize = 2 * MOST_CONTEXTS as usize;
 /// Least tables that an address space may have whatever the size of VRAM.

@@ -146,3 +146,7 @@ module! {
         },
     },
 }
+        time_limit: u16 {
+            default: 20,
+            description: "Seconds that the device has to answer a request before it counts as lost",
+        },

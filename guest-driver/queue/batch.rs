@@ -30,7 +30,15 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
+    /// For a request that may wait until the ring has room for it.
     pub(crate) fn new() -> Result<Self> {
+        let mut batch = Self::first()?;
+        batch.request.patient = true;
+        Ok(batch)
+    }
+
+    /// For requests that always find room in the ring: one for each address space.
+    pub(crate) fn first() -> Result<Self> {
         Ok(Self {
             request: Request::new(REQUEST_BYTES, REPLY_BYTES)?,
             open: None,

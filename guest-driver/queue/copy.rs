@@ -148,7 +148,7 @@ impl<'a> CopyList<'a> {
     }
 
     /// Waits until the bytes of all that was sent are where they belong. `ETIMEDOUT`: no answer in
-    /// [`super::TIME_LIMIT`]; the device may move them yet. `EIO`: it refused. `EAGAIN`:
+    /// [`super::time_limit`]; the device may move them yet. `EIO`: it refused. `EAGAIN`:
     /// VRAM has failed there, and an event that tells where is on its way.
     pub(crate) fn finish(&mut self, channel: &Channel) -> Result {
         let sent = core::mem::take(&mut self.sent);

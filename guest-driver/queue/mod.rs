@@ -33,20 +33,29 @@ use farfault_protocol::{
 use kernel::{
     prelude::*,
     sync::Arc,
-    time::{delay::fsleep, Delta},
+    time::{delay::fsleep, Delta, Instant, Monotonic},
 };
 use zerocopy::{FromBytes, IntoBytes};
 
-/// How long one request may take before the device counts as lost. An invalidation waits for
-/// accesses in flight, each of which is short; a copy moves at most 2 MiB.
-pub(crate) const TIME_LIMIT: Delta = Delta::from_secs(20);
+/// How long one request may take before the device counts as lost: the module's parameter. An
+/// invalidation waits for accesses in flight, each of which is short; a copy moves at most 2 MiB.
+fn time_limit() -> Delta {
+    const LONGEST: u16 = 600;
+    let seconds = *crate::module_parameters::time_limit.value();
+    Delta::from_secs(seconds.clamp(1, LONGEST).into())
+}
 
 /// How long an answer is looked for before its sender sleeps: about what that takes.
 const POLL: Delta = Delta::from_micros(100);
 
-/// How often a full ring is looked at again, and the pause between: [`TIME_LIMIT`] in all.
-const ROOM_LOOKS: usize = 20_000;
+/// The pause between looks at a full ring.
 const ROOM_PAUSE: Delta = Delta::from_millis(1);
+
+/// Descriptors of a transfer, at most.
+const DESCRIPTORS: usize = 2;
+/// Descriptors for the requests of invalidations, one for each address space at most: any number of
+/// others leaves them free.
+const RESERVED: usize = crate::gpu::MOST_CONTEXTS as usize * DESCRIPTORS;
 
 type Message = KBox<Transfer<Arc<Call>>>;
 
@@ -99,6 +108,8 @@ pub(crate) struct Request {
     call: Arc<Call>,
     /// `None` once the device has kept it beyond the time limit.
     message: Option<Message>,
+    /// It leaves [`Ring::reserved`] descriptors to others.
+    patient: bool,
 }
 
 impl Request {
@@ -109,6 +120,7 @@ impl Request {
         Ok(Self {
             call,
             message: Some(message),
+            patient: false,
         })
     }
 
@@ -127,6 +139,8 @@ impl Request {
 struct Ring {
     queue: Virtqueue<Arc<Call>>,
     sleepers: u32,
+    /// Descriptors that are for requests of which there are few.
+    reserved: usize,
 }
 
 impl Ring {
@@ -163,8 +177,13 @@ impl Channel {
     where
         H: crate::kapi::virtqueue::QueueHandler,
     {
-        let queue = queues.queue(index.into())?;
-        *self.ring.lock() = Some(Ring { queue, sleepers: 0 });
+        let queue: Virtqueue<Arc<Call>> = queues.queue(index.into())?;
+        let reserved = RESERVED.min(queue.free() / 2);
+        *self.ring.lock() = Some(Ring {
+            queue,
+            sleepers: 0,
+            reserved,
+        });
         Ok(())
     }
 
@@ -196,13 +215,24 @@ impl Channel {
 
     /// Puts a message in the ring and tells the device. If the ring is full, others have to be
     /// answered first: that is waited for, with the same limit as an answer.
-    fn send(&self, mut message: Message) -> Result<(), (Error, Message)> {
-        for _ in 0..ROOM_LOOKS {
+    fn send(&self, mut message: Message, patient: bool) -> Result<(), (Error, Message)> {
+        let begun = Instant::<Monotonic>::now();
+        while begun.elapsed() < time_limit() {
             let mut ring = self.ring.lock();
-            let Some(Ring { queue, sleepers }) = &mut *ring else {
+            let Some(Ring {
+                queue,
+                sleepers,
+                reserved,
+            }) = &mut *ring
+            else {
                 return Err((ENODEV, message));
             };
-            match queue.add(message) {
+            let added = if patient && queue.free() < *reserved + DESCRIPTORS {
+                Err((ENOSPC, message))
+            } else {
+                queue.add(message)
+            };
+            match added {
                 Ok(()) => {
                     if *sleepers == 0 {
                         queue.disable_callbacks();
@@ -233,14 +263,15 @@ impl Channel {
         let message = request.message.take().ok_or(EIO)?;
         *request.call.progress.lock() = Progress::Sent;
         request.call.answered.reinit();
-        self.send(message).map_err(|(error, message)| {
-            request.message = Some(message);
-            error
-        })
+        self.send(message, request.patient)
+            .map_err(|(error, message)| {
+                request.message = Some(message);
+                error
+            })
     }
 
     /// Waits for the reply to a request that was sent, which the request holds then; without sleeping
-    /// for as long as `poll_limit`. `ETIMEDOUT`: no answer in [`TIME_LIMIT`].
+    /// for as long as `poll_limit`. `ETIMEDOUT`: no answer in [`time_limit`].
     fn finish(&self, request: &mut Request, poll_limit: Delta) -> Result {
         let call = &request.call;
         let is_answered = || {
@@ -249,7 +280,7 @@ impl Channel {
         };
         let _sleep = (!poll(poll_limit, is_answered)).then(|| Sleep::new(self));
         loop {
-            let waited = call.answered.wait_timeout(TIME_LIMIT);
+            let waited = call.answered.wait_timeout(time_limit());
             let mut progress = call.progress.lock();
             match core::mem::replace(&mut *progress, Progress::Abandoned) {
                 Progress::Answered(message) => {

@@ -173,7 +173,7 @@ impl Space {
         let counters = Arc::new(Counters::new(), GFP_KERNEL)?;
         let tables = Tables {
             table: None,
-            batch: Batch::new()?,
+            batch: Batch::first()?,
         };
         let mirror = Mirror::new(gpu.clone(), context, counters.clone());
         let space: Result<Arc<Self>> = Arc::pin_init(
