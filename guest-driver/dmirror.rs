@@ -113,6 +113,7 @@ impl FileOps for OpenMirror {
         if this.space.is_closed() {
             return Err(ENODEV);
         }
+        this.space.begin()?;
         let size = command.pages << PAGE_SHIFT;
         let end = command.address.wrapping_add(size);
         if command.address % PAGE_SIZE as u64 != 0 || command.address >= end {

@@ -60,6 +60,7 @@ impl FileOps for OpenFile {
         if this.space.is_closed() {
             return Err(ENODEV);
         }
+        this.space.begin()?;
         match cmd {
             uapi::IOC_INFO => write_to_user(arg, &this.info()),
             uapi::IOC_SUBMIT => this.submit(arg),

@@ -26,6 +26,7 @@ use crate::{
     svm::{
         page_table::{PageTable, Supplies},
         residence::{Pagemap, Residence},
+        Space,
     },
     uapi,
     vram::{Vram, VramPage, BLOCK_PAGES},
@@ -230,11 +231,7 @@ impl Gpu {
 
     /// Takes the queues into use and makes VRAM known to mm.
     pub(crate) fn start(self: &Arc<Self>, queues: &Queues<'_, Interrupts, QUEUES>) -> Result {
-        self.control.open(queues, config::queue::CONTROL)?;
-        self.submit.open(queues, config::queue::SUBMIT)?;
-        let buffers = self.events.open(queues, config::queue::EVENT)?;
-        queues.ready();
-        self.events.kick();
+        let buffers = self.open(queues)?;
         let residence = Ok::<_, Error>(Residence::new(self.clone()));
         let map = DevicePagemap::new(c"farfault", self.limits.vram_pages, residence);
         let map = Arc::pin_init(map, GFP_KERNEL).inspect_err(|e| {
@@ -251,6 +248,59 @@ impl Gpu {
             self.limits.serial,
             self.limits.vram_pages >> (20 - PAGE_SHIFT)
         );
+        Ok(())
+    }
+
+    /// Takes the queues into use. Returns how many event buffers there are.
+    fn open(&self, queues: &Queues<'_, Interrupts, QUEUES>) -> Result<usize> {
+        self.control.open(queues, config::queue::CONTROL)?;
+        self.submit.open(queues, config::queue::SUBMIT)?;
+        let buffers = self.events.open(queues, config::queue::EVENT)?;
+        queues.ready();
+        self.events.kick();
+        Ok(buffers)
+    }
+
+    /// Before the machine sleeps, while processes are frozen: jobs end, every page comes home, and the
+    /// device has no address space left. `ENOMEM`: not all pages have room in RAM; then the address
+    /// spaces are there again.
+    pub(crate) fn suspend(&self) -> Result {
+        if self.reachable().is_err() {
+            return Ok(());
+        }
+        self.each_space(|space| {
+            space.suspend();
+            Ok(())
+        })?;
+        self.bring_all_home(None, Cause::Unbind);
+        let left = self.pagemap().map_or(0, |map| map.in_use());
+        if left == 0 {
+            return Ok(());
+        }
+        dev_err!(
+            self.device,
+            "no RAM for {left} pages of VRAM: the machine cannot sleep. Free some, and try again\n"
+        );
+        self.each_space(Space::resume)?;
+        Err(ENOMEM)
+    }
+
+    /// After the machine's sleep: the address spaces are on the device again, with nothing mapped. The
+    /// GPU's first use of a page faults.
+    pub(crate) fn resume(&self, queues: &Queues<'_, Interrupts, QUEUES>) -> Result {
+        if self.reachable().is_err() {
+            return Ok(());
+        }
+        self.open(queues)?;
+        self.each_space(Space::resume)
+    }
+
+    fn each_space(&self, act: impl Fn(&Space) -> Result) -> Result {
+        for context in self.contexts.numbers() {
+            if let Some(space) = self.contexts.get(context) {
+                act(&space)?;
+            }
+        }
         Ok(())
     }
 

@@ -41,8 +41,9 @@ use kernel::{
     debugfs::Scope,
     device::{Bound, Core},
     driver::Registration,
+    new_mutex,
     prelude::*,
-    sync::Arc,
+    sync::{Arc, Mutex},
 };
 
 virtio_device_table!(TABLE, MODULE_TABLE, [VIRTIO_ID]);
@@ -65,8 +66,17 @@ struct BoundGpu<'bound> {
     #[pin]
     chardev: Chardev<OpenFile>,
     running: Running,
+    /// `None` while the machine sleeps.
     #[pin]
-    queues: Queues<'bound, Interrupts, QUEUES>,
+    queues: Mutex<Option<GpuQueues<'bound>>>,
+}
+
+type GpuQueues<'bound> = Pin<KBox<Queues<'bound, Interrupts, QUEUES>>>;
+
+fn find_queues<'bound>(device: &'bound Device<Bound>, gpu: &Arc<Gpu>) -> Result<GpuQueues<'bound>> {
+    let names = [c"control", c"submit", c"event"];
+    let queues = Queues::new(device, names, Ok::<_, Error>(gpu.interrupts()));
+    KBox::pin_init(queues, GFP_KERNEL)
 }
 
 /// The GPU's second node, if it is to have one.
@@ -97,13 +107,13 @@ impl virtio::Driver for Driver {
         pin_init::pin_init_scope(move || {
             let gpu = Gpu::new(device)?;
             let shared = gpu.clone();
+            let found = find_queues(device, &gpu)?;
+            // If anything fails from here on, it stops the GPU while there are queues.
+            let running = Running(gpu.clone());
+            gpu.start(&found)?;
             Ok(try_pin_init!(BoundGpu {
-                queues <- Queues::new(device, [c"control", c"submit", c"event"], Ok::<_, Error>(gpu.interrupts())),
-                running: {
-                    let running = Running(gpu.clone());
-                    gpu.start(&queues)?;
-                    running
-                },
+                queues <- new_mutex!(Some(found)),
+                running,
                 mirror: dmirror_node(&gpu)?,
                 chardev <- Chardev::new(&file::KIND, 0o666, shared.clone()),
                 debugfs <- Scope::dir(shared, chardev.name(), |gpu, dir| {
@@ -115,7 +125,25 @@ impl virtio::Driver for Driver {
 
     fn unbind<'bound>(_: &'bound Device<Core<'_>>, data: Pin<&Self::Data<'bound>>) {
         data.running.0.stop();
-        data.queues.reset();
+        if let Some(queues) = &*data.queues.lock() {
+            queues.reset();
+        }
+    }
+
+    fn freeze<'bound>(_: &'bound Device<Core<'_>>, data: Pin<&Self::Data<'bound>>) -> Result {
+        data.running.0.suspend()?;
+        let queues = data.queues.lock().take();
+        drop(queues);
+        Ok(())
+    }
+
+    fn restore<'bound>(device: &'bound Device<Core<'_>>, data: Pin<&Self::Data<'bound>>) -> Result {
+        let device: &'bound Device<Bound> = device;
+        let gpu = &data.running.0;
+        let found = find_queues(device, gpu)?;
+        gpu.resume(&found)?;
+        *data.queues.lock() = Some(found);
+        Ok(())
     }
 }
 
@@ -140,13 +168,13 @@ module! {
     description: "Driver of the Farfault virtual GPU",
     license: "GPL",
     params: {
+        time_limit: u16 {
+            default: 20,
+            description: "Seconds that the device has to answer a request before it counts as lost",
+        },
         dmirror: u8 {
             default: 0,
             description: "1: the first two GPUs also have /dev/hmm_dmirror0 and 1, with the ioctls of lib/test_hmm_uapi.h",
         },
     },
 }
-        time_limit: u16 {
-            default: 20,
-            description: "Seconds that the device has to answer a request before it counts as lost",
-        },

@@ -35,8 +35,8 @@ pub(crate) trait FileOps: Sized + Send + Sync + 'static {
     /// What all files of a device share.
     type Shared: Send + Sync + 'static;
 
-    /// Somebody opens the device. A mutex of all misc devices is held, and the device is not
-    /// deregistered meanwhile.
+    /// Somebody opens the device. A mutex of all misc devices is held: it must not wait for hardware.
+    /// The device is not deregistered meanwhile.
     fn open(shared: &Arc<Self::Shared>) -> Result<Arc<Self>>;
 
     /// `arg` is a user pointer or a number; 32-bit programs' pointers are converted.

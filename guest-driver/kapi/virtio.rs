@@ -5,7 +5,7 @@
 //! `kernel::driver::Registration<Adapter<T>>` is a registered driver. Virtqueues are in
 //! [`super::virtqueue`].
 //!
-//! Not implemented: configuration-change interrupts, suspend and resume, legacy devices.
+//! Not implemented: configuration-change interrupts, legacy devices.
 //!
 //! C headers: `include/linux/virtio.h`, `include/linux/virtio_config.h`.
 
@@ -134,6 +134,14 @@ pub(crate) trait Driver {
         let _ = (dev, data);
     }
 
+    /// The machine goes to sleep, and will take the device's power: its queues must go. Processes are
+    /// frozen. If it fails, the machine stays awake, and everything must be as it was.
+    fn freeze<'bound>(dev: &'bound Device<Core<'_>>, data: Pin<&Self::Data<'bound>>) -> Result;
+
+    /// The machine is awake again. The device is as after its reset, with the features of before; the
+    /// queues are made anew.
+    fn restore<'bound>(dev: &'bound Device<Core<'_>>, data: Pin<&Self::Data<'bound>>) -> Result;
+
     /// The machine goes down. The device is reset after this; nothing is unbound.
     fn shutdown<'bound>(dev: &'bound Device<Core<'_>>, data: Pin<&Self::Data<'bound>>) {
         let _ = (dev, data);
@@ -167,6 +175,8 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
             (*raw).probe = Some(Self::probe_callback);
             (*raw).remove = Some(Self::remove_callback);
             (*raw).shutdown = Some(Self::shutdown_callback);
+            (*raw).freeze = Some(Self::freeze_callback);
+            (*raw).restore = Some(Self::restore_callback);
         }
         // SAFETY: Pinned and valid until `unregister`.
         to_result(unsafe { bindings::__register_virtio_driver(raw, module.as_ptr()) })
@@ -199,6 +209,22 @@ impl<T: Driver> Adapter<T> {
         // when this has returned.
         // SAFETY: A bound device.
         unsafe { bindings::virtio_reset_device(vdev) };
+    }
+
+    extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: The bus calls this with a device that probe has accepted.
+        let dev = unsafe { &*vdev.cast::<Device<CoreInternal<'_>>>() };
+        // SAFETY: Stored by a successful probe, and not taken before unbind.
+        let data = unsafe { dev.as_ref().drvdata_borrow::<T::Data<'_>>() };
+        from_result(|| T::freeze(dev, data).map(|()| 0))
+    }
+
+    extern "C" fn restore_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: The bus calls this with a device that probe has accepted.
+        let dev = unsafe { &*vdev.cast::<Device<CoreInternal<'_>>>() };
+        // SAFETY: Stored by a successful probe, and not taken before unbind.
+        let data = unsafe { dev.as_ref().drvdata_borrow::<T::Data<'_>>() };
+        from_result(|| T::restore(dev, data).map(|()| 0))
     }
 
     extern "C" fn shutdown_callback(vdev: *mut bindings::virtio_device) {

@@ -138,8 +138,13 @@ impl Jobs {
 
     /// Ends all jobs that run, and takes no more.
     pub(crate) fn close(&self, status: uapi::JobStatus) {
+        self.list.lock().closed.get_or_insert(status);
+        self.end_all(status);
+    }
+
+    /// Ends all jobs that run.
+    pub(crate) fn end_all(&self, status: uapi::JobStatus) {
         let mut list = self.list.lock();
-        list.closed.get_or_insert(status);
         for job in list.jobs.iter_mut() {
             job.outcome.get_or_insert(Outcome::failed(status));
         }

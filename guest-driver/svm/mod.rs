@@ -115,6 +115,8 @@ impl Service {
 pub(crate) struct Space {
     gpu: Arc<Gpu>,
     context: u32,
+    /// The device knows it, or did before the machine went to sleep.
+    begun: Atomic<bool>,
     /// The address space ends: no more faults are served.
     closing: Atomic<bool>,
     /// It has ended on the device.
@@ -154,6 +156,8 @@ impl WorkItem for Space {
 
 impl Space {
     /// Mirrors the address space of the calling process. `ENOSPC`: the device has no context left.
+    ///
+    /// The device is not told before [`Space::begin`]: who opens a file may hold a lock that others need.
     pub(crate) fn open(gpu: &Arc<Gpu>) -> Result<Arc<Self>> {
         let mm = mm::current_mm().ok_or(EINVAL)?;
         gpu.usable()?;
@@ -176,10 +180,11 @@ impl Space {
             batch: Batch::first()?,
         };
         let mirror = Mirror::new(gpu.clone(), context, counters.clone());
-        let space: Result<Arc<Self>> = Arc::pin_init(
+        Arc::pin_init(
             try_pin_init!(Self {
                 gpu: gpu.clone(),
                 context,
+                begun: Atomic::new(false),
                 closing: Atomic::new(false),
                 closed: Atomic::new(false),
                 fail_next: Atomic::new(false),
@@ -200,10 +205,20 @@ impl Space {
                 ),
             }? Error),
             GFP_KERNEL,
-        );
-        let space = space?;
-        space.start()?;
-        Ok(space)
+        )
+    }
+
+    /// Makes the address space known to the device, before its first use. `EIO`: the device is lost.
+    pub(crate) fn begin(&self) -> Result {
+        if self.begun.load(Relaxed) {
+            return Ok(());
+        }
+        let _service = self.service()?;
+        if !self.begun.load(Relaxed) {
+            self.start()?;
+            self.begun.store(true, Relaxed);
+        }
+        Ok(())
     }
 
     /// Makes the context on the device. Before, everything finds the address space without tables.
@@ -354,11 +369,7 @@ impl Space {
         }
         // Behind the service lock no batch of faults is under way, and none begins.
         let service = self.service.lock();
-        // Together: an invalidation must find the context and its tables, or neither.
-        let mut tables = self.mirror.lock();
-        self.gpu.destroy_context(self.context, &mut tables.batch);
-        let table = tables.table.take();
-        drop(tables);
+        let table = self.leave_device();
         // Only now: who is told that a job ended may use its memory again.
         self.jobs.close(status);
         self.closed.store(true, Relaxed);
@@ -368,5 +379,32 @@ impl Space {
         drop(service);
         self.bring_everything_home();
         self.gpu.contexts.release(self.context);
+    }
+
+    /// Takes the address space from the device. Its tables are to be given back.
+    fn leave_device(&self) -> Option<PageTable> {
+        // Together: an invalidation must find the context and its tables, or neither.
+        let mut tables = self.mirror.lock();
+        let table = tables.table.take()?;
+        self.gpu.destroy_context(self.context, &mut tables.batch);
+        Some(table)
+    }
+
+    /// Before the machine sleeps: as [`Space::close`], but for [`Space::resume`].
+    pub(crate) fn suspend(&self) {
+        let _service = self.service.lock();
+        let table = self.leave_device();
+        self.jobs.end_all(uapi::JobStatus::Killed);
+        if let Some(table) = table {
+            table.end(&self.gpu.vram);
+        }
+    }
+
+    /// The address space is on the device again, with nothing mapped.
+    pub(crate) fn resume(&self) -> Result {
+        if self.is_closing() || !self.begun.load(Relaxed) {
+            return Ok(());
+        }
+        self.start()
     }
 }

@@ -5,7 +5,7 @@
  * Opening the device gives a GPU address space that mirrors the opener's: jobs use the process's
  * own pointers. It belongs to that address space alone; calls from another one (a child after
  * fork, a process that was sent the descriptor) fail with EPERM. open() itself fails with
- *   ENOSPC  the device has no context left, or no VRAM for the context's page tables
+ *   ENOSPC  the device has no context left
  *   ENODEV  the device is being unbound
  *   EINTR   a signal came first
  *   EIO     the device does not answer any more
@@ -17,6 +17,7 @@
  *           are zero, ranges are not empty and end within the address space of processes
  *   EFAULT  the argument, or memory that it points to, can't be accessed
  *   EPERM   the caller's address space is not the opener's
+ *   ENOSPC  it is the first one, and there is no VRAM for the context's page tables
  *   ENOTTY  there is no such call
  * and with what is said at each.
  */
@@ -72,7 +73,7 @@ struct farfault_submit {
 enum farfault_job_status {
 	FARFAULT_JOB_OK = 0,
 	FARFAULT_JOB_FAULT = 1,		/* may not access fault_address: see access */
-	FARFAULT_JOB_KILLED = 2,
+	FARFAULT_JOB_KILLED = 2,	/* by somebody, or because the machine went to sleep */
 	FARFAULT_JOB_BUS_ERROR = 3,	/* the GPU could not reach the memory behind fault_address */
 	FARFAULT_JOB_DEVICE_LOST = 4,	/* the device stopped answering, or was unbound or
 					 * unplugged, while the job was under way */

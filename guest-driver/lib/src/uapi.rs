@@ -169,7 +169,7 @@ raw_enum! {
         Ok = 0,
         /// It may not access [`Wait::fault_address`]: see [`Wait::access`].
         Fault = 1,
-        /// Somebody ended it.
+        /// Somebody ended it, or the machine went to sleep.
         Killed = 2,
         /// The GPU could not reach the memory behind [`Wait::fault_address`].
         BusError = 3,
