@@ -68,6 +68,8 @@ impl Mirror {
         };
         let mut any = false;
         loop {
+            // A device that is lost has kept the request's memory: there is no room for anything.
+            self.gpu.reachable()?;
             tables.batch.clear();
             let unmapped = table.unmap(range.clone(), keep_exclusive, &mut tables.batch)?;
             if unmapped.any {
