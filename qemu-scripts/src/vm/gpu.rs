@@ -12,7 +12,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{
-    Error, Result,
+    Error, Result, paths,
     process::{bound, output, spawn, tail},
 };
 
@@ -43,6 +43,9 @@ impl Gpu {
     ) -> Result<Self> {
         let what = format!("starting GPU {index}");
         let (socket, control) = sockets_of(sockets, index);
+        // Of one that was in the same slot before: nobody listens there any more.
+        paths::remove(&socket)?;
+        paths::remove(&control)?;
         let file = File::options()
             .append(true)
             .create(true)
@@ -120,6 +123,16 @@ impl Gpu {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// Whether the process has not ended yet; a stopped one has not.
+    ///
+    /// # Errors
+    /// The system refuses to say.
+    pub fn is_alive(&mut self) -> Result<bool> {
+        let ended = self.child.try_wait();
+        let ended = ended.map_err(Error::io("asking after a device's process"))?;
+        Ok(ended.is_none())
     }
 
     /// The process, while it runs.

@@ -337,11 +337,24 @@ impl Vm {
     /// # Errors
     /// QEMU refuses, or the guest does not come up.
     pub fn reset(&mut self) -> Result<()> {
+        self.restart(|vm| vm.qmp.execute("system_reset", &json!({})))
+    }
+
+    /// Has the guest's kernel reboot at once, and waits for the guest again.
+    ///
+    /// # Errors
+    /// The guest cannot be reached, or does not come up.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.restart(|vm| vm.spawn(&["busybox", "reboot", "-f"]))
+    }
+
+    /// Lets `act` restart the guest; what it returns lives until the guest is up again.
+    fn restart<T>(&mut self, act: impl FnOnce(&mut Self) -> Result<T>) -> Result<()> {
         let boots = self.agent.boots();
         // QEMU was told to end at a reset, so that a panic ends it; this one is wanted, and so is the second one that the
         // firmware makes of it.
         self.set_reboot_action("reset")?;
-        self.qmp.execute("system_reset", &json!({}))?;
+        let _acting = act(self)?;
         self.wait_for_boot(boots)?;
         self.set_reboot_action("shutdown")
     }

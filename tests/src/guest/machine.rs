@@ -16,9 +16,15 @@ pub enum Machine {
     Disk,
     /// One GPU; two NUMA nodes of one CPU each, with `ZONE_MOVABLE` and memory for CMA.
     Numa,
-    /// One GPU, and a free slot for another.
+    /// One GPU with a node of `dmirror=1`, and a free slot for another.
     HotPlug,
+    /// As many GPUs as a VM has room for, to be killed one after the other: the driver gives them
+    /// [`DYING_LIMIT`].
+    Dying,
 }
+
+/// How many seconds the driver gives a GPU of [`Machine::Dying`], on a kernel that is not slow.
+pub const DYING_LIMIT: u32 = 3;
 
 /// The disk for files.
 pub(super) const DISK: &str = "/dev/vda";
@@ -33,7 +39,7 @@ impl Machine {
             Self::Small | Self::Disk | Self::Numa | Self::HotPlug => 1,
             Self::TwoGpus => 2,
             Self::Mirrors => 3,
-            Self::EightGpus => 8,
+            Self::EightGpus | Self::Dying => 8,
         }
     }
 }

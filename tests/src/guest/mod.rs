@@ -30,8 +30,9 @@ mod oracle;
 mod place;
 pub mod programs;
 pub mod settings;
+pub mod stages;
 
-pub use machine::Machine;
+pub use machine::{DYING_LIMIT, Machine};
 
 use std::process::ExitCode;
 

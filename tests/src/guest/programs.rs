@@ -11,6 +11,7 @@ use super::{
     mirror::{Action, Mirror},
     oracle,
     place::{migrate, move_all, state},
+    stages,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -130,6 +131,14 @@ pub(super) const PROGRAMS: &[Program] = &[
         run: lose_device,
     },
     Program {
+        name: stages::AT_STAGE,
+        run: stages::at_stage,
+    },
+    Program {
+        name: stages::WAIT_FOR_SECOND,
+        run: stages::wait_for_second,
+    },
+    Program {
         name: HOLD_MIRRORS,
         run: hold_mirrors,
     },
@@ -169,22 +178,22 @@ pub struct MappedPage {
     pub huge: bool,
 }
 
-const SEED: u64 = 0x4019;
+pub(super) const SEED: u64 = 0x4019;
 /// The time that the driver gives the device, and some more.
 const DRIVER_LIMIT: Duration = Duration::from_secs(60);
 
-fn say(word: &str) {
+pub(super) fn say(word: &str) {
     println!("{word}");
 }
 
-fn wait_for_a_line() -> Result<()> {
+pub(super) fn wait_for_a_line() -> Result<()> {
     let mut line = String::new();
     let length = io::stdin().read_line(&mut line)?;
     ensure!(length > 0, "standard input ended before a line came");
     Ok(())
 }
 
-fn written(length: usize, backing: Backing<'_>) -> Result<Region> {
+pub(super) fn written(length: usize, backing: Backing<'_>) -> Result<Region> {
     let region = Region::map(length, backing)?;
     oracle::write(region, SEED);
     Ok(region)

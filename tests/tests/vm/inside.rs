@@ -93,6 +93,9 @@ fn left(vm: &mut Vm, gpus: usize) -> Result<Vec<String>> {
         );
     }
     for gpu in 0..gpus {
+        if !vm.device(gpu)?.is_alive()? {
+            continue;
+        }
         for topic in ["contexts", "jobs", "faults"] {
             let items: Vec<serde_json::Value> = inspect(vm, gpu, &[topic])?;
             if !items.is_empty() {

@@ -47,6 +47,12 @@ pub(crate) const CASES: &[HostCase] = &[
         run: unbind_under_load_ends_in_time,
     },
     HostCase {
+        name: "lifecycle::unbind_and_bind_50_times_works",
+        machine: Machine::Small,
+        after: After::Keep,
+        run: unbind_and_bind_50_times_works,
+    },
+    HostCase {
         name: "lifecycle::module_loaded_and_unloaded_50_times_works",
         machine: Machine::Small,
         after: After::Keep,
@@ -137,6 +143,20 @@ fn unbind_under_load_ends_in_time(vm: &mut Vm, machines: &Machines) -> Result<()
         }
         bind(vm, machines, &gpu)?;
     }
+    works(vm, machines)
+}
+
+fn unbind_and_bind_50_times_works(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    let line = format!(
+        "cd /sys/bus/virtio/drivers/farfault; gpu=$(echo virtio*); \
+         for round in $(seq 50); do \
+           echo $gpu > unbind; ! test -e /dev/farfault0; \
+           echo $gpu > bind; test -c /dev/farfault0; \
+           test $((round % 10)) != 0 || {} smoke::ping_is_answered; \
+         done",
+        farfault_tests::guest::PROGRAM
+    );
+    succeeds(vm, machines, &line, Duration::from_secs(240))?;
     works(vm, machines)
 }
 

@@ -10,7 +10,7 @@
 
 use super::inside;
 use anyhow::{Context, Result, bail};
-use farfault_tests::guest::{Machine, VRAM};
+use farfault_tests::guest::{DYING_LIMIT, Machine, VRAM};
 use std::{
     hash::{BuildHasher, Hasher, RandomState},
     sync::{Mutex, OnceLock, PoisonError},
@@ -50,11 +50,12 @@ struct State {
     trouble: Vec<String>,
 }
 
-/// The driver's parameters on a machine.
-pub(crate) fn parameters(machine: Machine) -> &'static [&'static str] {
+/// The driver's parameters on a machine, of which everything is so much slower.
+pub(crate) fn parameters(machine: Machine, slowness: u32) -> Vec<String> {
     match machine {
-        Machine::Mirrors => &["dmirror=1"],
-        _ => &[],
+        Machine::Mirrors | Machine::HotPlug => vec!["dmirror=1".to_owned()],
+        Machine::Dying => vec![format!("time_limit={}", DYING_LIMIT * slowness)],
+        _ => Vec::new(),
     }
 }
 
@@ -123,16 +124,15 @@ impl Machines {
             gpus: machine.gpus(),
             vram: VRAM.to_string(),
             memory_mib: 1024,
-            driver: Driver::Load(
-                parameters(machine)
-                    .iter()
-                    .map(ToString::to_string)
-                    .collect(),
-            ),
+            driver: Driver::Load(parameters(machine, self.slowness())),
             ..Config::default()
         };
         match machine {
-            Machine::Small | Machine::TwoGpus | Machine::Mirrors | Machine::EightGpus => {}
+            Machine::Small
+            | Machine::TwoGpus
+            | Machine::Mirrors
+            | Machine::EightGpus
+            | Machine::Dying => {}
             Machine::Disk => config.disks = true,
             Machine::Numa => {
                 config.numa_nodes = 2;
@@ -153,12 +153,15 @@ impl Machines {
             .map_err(|error| anyhow::anyhow!("{error}"))
     }
 
+    /// How much slower than the stock one the kernel that runs is.
+    fn slowness(&self) -> u32 {
+        self.prepared()
+            .map_or(1, |prepared| prepared.setup.kernel.slowness)
+    }
+
     /// A time limit, for the kernel that runs.
     pub(crate) fn limit(&self, limit: Duration) -> Duration {
-        let slowness = self
-            .prepared()
-            .map_or(1, |prepared| prepared.setup.kernel.slowness);
-        limit * slowness
+        limit * self.slowness()
     }
 
     /// Runs a case on a machine, with all checks.

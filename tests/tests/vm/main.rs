@@ -10,8 +10,11 @@
 //! | --- | --- |
 //! | `machines` | boots VMs, shares them among cases, checks them after each |
 //! | `inside` | what GPU and driver say about themselves |
-//! | `programs`, `tables`, `lifecycle`, `mirrors`, `injection`, `memory_failure`, `loss` | the cases of the host |
+//! | `programs`, `tables`, `lifecycle`, `mirrors`, `hotplug`, `sleep`, `injection`, `memory_failure` | the cases of the host |
+//! | `death`, `loss` | the same, of GPUs that die |
 
+mod death;
+mod hotplug;
 mod injection;
 mod inside;
 mod lifecycle;
@@ -20,6 +23,7 @@ mod machines;
 mod memory_failure;
 mod mirrors;
 mod programs;
+mod sleep;
 mod tables;
 
 use farfault_tests::guest::Machine;
@@ -44,6 +48,9 @@ fn host_cases() -> impl Iterator<Item = &'static HostCase> {
         mirrors::CASES,
         injection::CASES,
         memory_failure::CASES,
+        hotplug::CASES,
+        sleep::CASES,
+        death::CASES,
         loss::CASES,
     ];
     groups.into_iter().flatten()

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! GPUs are pulled out of the running VM (QMP `device_del`, PCIe's attention button) and plugged in again, and the
+//! whole VM is reset or reboots, whatever the guest's processes do with them. Each case leaves one GPU.
+
+use super::{
+    HostCase,
+    inside::{command, go_on, guest, shell, start},
+    machines::{After, Machines},
+};
+use anyhow::{Result, ensure};
+use farfault_tests::guest::{
+    Machine, VRAM,
+    programs::{
+        DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_OPEN, LOSE_DRIVER, LOSE_MIRROR,
+        MIGRATE_FOR_EVER, READY,
+    },
+};
+use std::{thread, time::Duration};
+use xtask::vm::Vm;
+
+const COMMAND: Duration = Duration::from_secs(60);
+
+macro_rules! cases {
+    ($($name:ident,)*) => {
+        pub(crate) const CASES: &[HostCase] = &[$(HostCase {
+            name: concat!("lifecycle::", stringify!($name)),
+            machine: Machine::HotPlug,
+            after: After::Keep,
+            run: $name,
+        },)*];
+    };
+}
+
+cases! {
+    hot_unplug_of_an_idle_device_and_plug_again_works,
+    hot_unplug_with_open_descriptors_revokes_them_and_brings_pages_home,
+    hot_unplug_with_open_mirrors_revokes_them_and_brings_pages_home,
+    hot_unplug_during_faults_ends_with_enodev_and_right_data,
+    hot_unplug_during_migrations_ends_with_enodev_and_right_data,
+    hot_unplug_during_evictions_ends_with_enodev_and_right_data,
+    vm_reset_with_pages_resident_leaves_a_device_that_works,
+    reboot_with_pages_resident_leaves_a_device_that_works,
+}
+
+fn works(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    let case = "faults::small_pages_of_many_waves_are_right";
+    guest(vm, machines, &[case], COMMAND).map(drop)
+}
+
+/// Waits until so many nodes are there.
+fn wait_for_nodes(vm: &mut Vm, machines: &Machines, count: usize) -> Result<()> {
+    let line = format!(
+        "for look in $(seq 300); do \
+             set -- /dev/farfault?; \
+             if test $# = {count} -a -c $1; then exit 0; fi; \
+             sleep 0.1; \
+         done; ls /dev/farfault*; exit 1"
+    );
+    shell(vm, machines, &line, COMMAND)?.expect_success()?;
+    Ok(())
+}
+
+fn plug(vm: &mut Vm, machines: &Machines, count: usize) -> Result<usize> {
+    let gpu = vm.plug_gpu(&VRAM.to_string())?;
+    wait_for_nodes(vm, machines, count)?;
+    Ok(gpu)
+}
+
+fn hot_unplug_of_an_idle_device_and_plug_again_works(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    vm.unplug_gpu(0)?;
+    let gone = "! ls /dev/farfault* /dev/hmm_dmirror* 2>/dev/null";
+    shell(vm, machines, gone, COMMAND)?.expect_success()?;
+    plug(vm, machines, 1)?;
+    works(vm, machines)
+}
+
+fn hot_unplug_with_open_descriptors_revokes_them_and_brings_pages_home(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    let process = start(vm, machines, LOSE_DRIVER, READY)?;
+    vm.unplug_gpu(0)?;
+    process.wait_for(DONE, machines.limit(COMMAND))?;
+    plug(vm, machines, 1)?;
+    go_on(process, machines, COMMAND)?;
+    works(vm, machines)
+}
+
+fn hot_unplug_with_open_mirrors_revokes_them_and_brings_pages_home(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    let other = plug(vm, machines, 2)?;
+    let process = start(vm, machines, LOSE_MIRROR, READY)?;
+    vm.unplug_gpu(other)?;
+    let output = go_on(process, machines, COMMAND)?;
+    ensure!(output.stdout_text().contains(DONE));
+    works(vm, machines)
+}
+
+/// The GPU is pulled while a program uses it all the time.
+fn under_load(vm: &mut Vm, machines: &Machines, program: &str) -> Result<()> {
+    let process = vm.spawn(&command(machines, &[program]))?;
+    // Long enough for it to be at work.
+    thread::sleep(machines.limit(Duration::from_millis(300)));
+    vm.unplug_gpu(0)?;
+    let output = process.wait(machines.limit(COMMAND))?;
+    // It says that the GPU has gone; a signal would mean that data had.
+    ensure!(output.code == Some(1), "{}: {output:?}", output.command);
+    let said = output.stderr_text();
+    ensure!(!said.contains("should be"), "wrong data: {said}");
+    plug(vm, machines, 1)?;
+    works(vm, machines)
+}
+
+fn hot_unplug_during_faults_ends_with_enodev_and_right_data(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    under_load(vm, machines, FAULT_FOR_EVER)
+}
+
+fn hot_unplug_during_migrations_ends_with_enodev_and_right_data(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    under_load(vm, machines, MIGRATE_FOR_EVER)
+}
+
+fn hot_unplug_during_evictions_ends_with_enodev_and_right_data(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    under_load(vm, machines, EVICT_FOR_EVER)
+}
+
+fn vm_reset_with_pages_resident_leaves_a_device_that_works(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    let _process = start(vm, machines, HOLD_OPEN, READY)?;
+    vm.reset()?;
+    works(vm, machines)
+}
+
+fn reboot_with_pages_resident_leaves_a_device_that_works(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    let _process = start(vm, machines, HOLD_OPEN, READY)?;
+    let _load = vm.spawn(&command(machines, &[MIGRATE_FOR_EVER]))?;
+    thread::sleep(machines.limit(Duration::from_millis(300)));
+    vm.reboot()?;
+    works(vm, machines)
+}
