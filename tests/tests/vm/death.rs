@@ -16,7 +16,7 @@ use super::{
 use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
     DYING_LIMIT, Machine,
-    programs::{DONE, HOLD_CLOSED, HOLD_OPEN, READY},
+    programs::{DONE, HOLD_OPEN, READY},
     stages::{ACTING, AT_STAGE, FINE, LOST, Stage, WAIT_FOR_SECOND},
 };
 use std::{
@@ -71,12 +71,6 @@ macro_rules! cases {
                 machine: Machine::Dying,
                 after: After::GiveUp,
                 run: module_unloads,
-            },
-            HostCase {
-                name: "lifecycle::rmmod_waits_for_the_owner_of_pages_that_are_lost",
-                machine: Machine::Dying,
-                after: After::GiveUp,
-                run: rmmod_waits_for_the_owner,
             },
         ];
     };
@@ -282,20 +276,5 @@ fn module_unloads(vm: &mut Vm, machines: &Machines) -> Result<()> {
     lost_at(vm, machines, End::Killed, Stage::MigrationHome)?;
     let line = "rmmod farfault; ! test -e /dev/farfault0";
     shell(vm, machines, line, COMMAND)?.expect_success()?;
-    Ok(())
-}
-
-/// mm calls the driver for them until their process ends.
-fn rmmod_waits_for_the_owner(vm: &mut Vm, machines: &Machines) -> Result<()> {
-    let owner = start(vm, machines, HOLD_CLOSED, READY)?;
-    vm.kill_device(0)?;
-    let rmmod = vm.spawn(&["rmmod", "farfault"])?;
-    let limit = Duration::from_secs(u64::from(2 * DYING_LIMIT));
-    thread::sleep(machines.limit(limit));
-    ensure!(!rmmod.has_ended(), "the module went away under pages");
-    owner.write_stdin(b"go\n")?;
-    let output = owner.wait(machines.limit(COMMAND))?;
-    ensure!(output.signal == Some(SIGBUS), "it ended so: {output:?}");
-    rmmod.wait(machines.limit(COMMAND))?.expect_success()?;
     Ok(())
 }
