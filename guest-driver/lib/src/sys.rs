@@ -20,6 +20,8 @@ pub mod arena;
 #[cfg(feature = "arena")]
 mod kernel_access;
 #[cfg(feature = "arena")]
+mod looker;
+#[cfg(feature = "arena")]
 mod region;
 #[cfg(feature = "arena")]
 pub mod ring;

@@ -28,7 +28,11 @@ use std::{
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
-pub use super::{kernel_access::Traced, region::userfaultfd};
+pub use super::{
+    kernel_access::Traced,
+    looker::{Looked, fork_that_looks},
+    region::userfaultfd,
+};
 
 const ARENA: std::ops::Range<usize> = 0x10_0000_0000..0x80_0000_0000;
 /// Regions begin at a multiple of this, and at least so much is free behind each: the kernel can't
