@@ -17,6 +17,7 @@ mod migrate;
 mod mm;
 mod owner;
 mod process;
+mod races;
 mod smoke;
 mod two_gpus;
 mod unmap;
@@ -25,7 +26,7 @@ use super::Case;
 
 /// All groups.
 pub(super) fn groups() -> impl Iterator<Item = &'static &'static [Case]> {
-    GROUPS.iter().chain(mm::GROUPS)
+    GROUPS.iter().chain(mm::GROUPS).chain(races::GROUPS)
 }
 
 const GROUPS: &[&[Case]] = &[

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Exit and `kill -9` at every point of a migration and of a fault: many children that live for a short
+//! time, whose pages are partly their parent's. The survivors' data is right, and nothing is left.
+
+use super::field::Random;
+use crate::guest::{
+    VRAM,
+    call::{self, Job},
+    child::code,
+    oracle,
+    place::migrate,
+    settings,
+};
+use anyhow::{Context, Result, ensure};
+use farfault::arena::{Backing, Region};
+use farfault::{
+    Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place,
+    process::{Ended, fork},
+    uapi,
+};
+use rustix::{
+    io::Errno,
+    process::{Signal, kill_process},
+};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+group! { "races::kill", on Small, seconds 180:
+    kill_at_any_point_of_a_migration_leaves_others_right,
+    kill_at_any_point_of_a_fault_leaves_others_right,
+    exit_at_any_point_with_jobs_under_way_leaves_others_right,
+    kill_at_any_point_of_an_eviction_leaves_others_right,
+}
+
+const SEED: u64 = 0xdead;
+const SHORT: Duration = Duration::from_secs(2);
+/// The latest point at which a child is killed.
+const LATEST: usize = 40_000;
+/// Pages that the survivor looks at while others live.
+const FEW: usize = 2;
+/// How many live at a time.
+const CHILDREN: usize = 2;
+
+/// What a child does until it is killed, on what it shares with its parent and on what is its own.
+type Life = fn(&Gpu, Region, Region, &mut Random) -> Result<()>;
+
+fn migrating(gpu: &Gpu, shared: Region, own: Region, random: &mut Random) -> Result<()> {
+    let region = if random.coin() { shared } else { own };
+    let part = random.part(region);
+    let request = uapi::Migrate {
+        address: part.address(),
+        length: part.length() as u64,
+        destination: if random.coin() {
+            Place::Vram
+        } else {
+            Place::Ram
+        }
+        .raw(),
+        ..uapi::Migrate::default()
+    };
+    super::workers::tolerate(call::call(gpu, request), &[Errno::BUSY])
+}
+
+fn faulting(gpu: &Gpu, shared: Region, own: Region, random: &mut Random) -> Result<()> {
+    let region = if random.coin() { shared } else { own };
+    let part = random.part(region);
+    Job::add(part, 1).waves(4).run(gpu)?;
+    // The CPU faults, too.
+    for page in 0..part.length() / PAGE_SIZE {
+        part.store(page * PAGE_SIZE / 8, 5);
+    }
+    Ok(())
+}
+
+fn leaving(gpu: &Gpu, shared: Region, own: Region, random: &mut Random) -> Result<()> {
+    for region in [shared, own] {
+        Job::fill(random.part(region), 3).waves(4).submit(gpu)?;
+    }
+    Job::atomic_add(own.address(), 1, u64::MAX).submit(gpu)?;
+    thread::sleep(Duration::from_micros(random.below(LATEST / 4) as u64));
+    std::process::exit(0)
+}
+
+fn evicting(gpu: &Gpu, _: Region, own: Region, random: &mut Random) -> Result<()> {
+    let big = Region::map(VRAM as usize * 3 / 4, Backing::Huge)?;
+    loop {
+        Job::fill(random.part(big), 3).waves(4).run(gpu)?;
+        Job::add(own, 1).run(gpu)?;
+    }
+}
+
+fn live(life: Life, shared: Region, seed: u64) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let mut random = Random::new(seed);
+    let backing = if random.coin() {
+        Backing::Huge
+    } else {
+        Backing::Small
+    };
+    let own = Region::map(HUGE_PAGE_SIZE, backing)?;
+    loop {
+        life(&gpu, shared, own, &mut random)?;
+    }
+}
+
+/// Children come and go at random moments; the parent's pages, which they share for their writes to
+/// part, go on to be moved and used.
+fn come_and_go(life: Life, may_exit: bool) -> Result<()> {
+    let mut random = Random::new(settings::seed());
+    let begin = Instant::now();
+    let duration = settings::duration(SHORT);
+    let mut ended = 0;
+    for backing in [Backing::Huge, Backing::Small].into_iter().cycle() {
+        if begin.elapsed() >= duration && ended >= CHILDREN {
+            break;
+        }
+        let gpu = Gpu::open_first()?;
+        let region = Region::map(HUGE_PAGE_SIZE, backing)?;
+        oracle::write(region, SEED);
+        if random.coin() {
+            migrate(&gpu, region, Place::Vram)?;
+        }
+        let children = (0..CHILDREN).map(|_| {
+            let seed = random.any();
+            fork(move || code(live(life, region, seed)))
+        });
+        let children = children.collect::<Result<Vec<_>, _>>()?;
+        for child in children {
+            thread::sleep(Duration::from_micros(random.below(LATEST) as u64));
+            if let Some(pid) = child.pid() {
+                // It may have left by itself, but nobody has waited for it.
+                kill_process(pid, Signal::KILL)?;
+            }
+            let how = child.wait()?;
+            let killed = how == Ended::Signaled(Signal::KILL.as_raw());
+            ensure!(killed || may_exit && how == Ended::Exited(0), "{how:?}");
+            ended += 1;
+            // A few pages, for the others move them all the time.
+            let offset = random.below(512 - FEW) * PAGE_SIZE;
+            let few = region.part(offset, FEW * PAGE_SIZE);
+            let should = oracle::sum(SEED, offset / 8..offset / 8 + few.words());
+            let sum = Job::sum(few).run(&gpu)?;
+            ensure!(sum == should, "{backing:?}: the survivor's sum");
+        }
+        let added = 1;
+        Job::add(region, added).waves(4).run(&gpu)?;
+        let should = oracle::expected_sum(region, SEED, added);
+        let sum = Job::sum(region).waves(4).run(&gpu)?;
+        ensure!(sum == should, "{backing:?}: the survivor's sum");
+        oracle::check(region, SEED, added).with_context(|| format!("{backing:?}"))?;
+        region.unmap()?;
+    }
+    println!("{ended} children ended in {:?}", begin.elapsed());
+    // Nothing is lost to those who are gone: they give up most of VRAM a moment after their end.
+    let gpu = Gpu::open_first()?;
+    let all = Region::map(VRAM as usize * 3 / 4, Backing::Huge)?;
+    ensure!(
+        Job::sum(all).waves(8).run(&gpu)? == 0,
+        "new memory is not zero"
+    );
+    Ok(all.unmap()?)
+}
+
+fn kill_at_any_point_of_a_migration_leaves_others_right() -> Result<()> {
+    come_and_go(migrating, false)
+}
+
+fn kill_at_any_point_of_a_fault_leaves_others_right() -> Result<()> {
+    come_and_go(faulting, false)
+}
+
+fn exit_at_any_point_with_jobs_under_way_leaves_others_right() -> Result<()> {
+    come_and_go(leaving, true)
+}
+
+fn kill_at_any_point_of_an_eviction_leaves_others_right() -> Result<()> {
+    come_and_go(evicting, false)
+}

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Suite `races`: everything at the same time. A file for each of its parts; the first is made of the
+//! oracle (`written`), the memory (`field`), the threads (`workers`, `torn`, `recycle`) and the case
+//! (`engine`).
+
+mod engine;
+mod field;
+mod gpus;
+mod hostile;
+mod kill;
+mod oversubscription;
+mod recycle;
+mod torn;
+mod workers;
+mod written;
+
+use crate::guest::Case;
+
+/// All groups of the suite.
+pub(super) const GROUPS: &[&[Case]] = &[
+    engine::CASES,
+    gpus::two::CASES,
+    gpus::eight::CASES,
+    kill::CASES,
+    hostile::CASES,
+    oversubscription::CASES,
+];
