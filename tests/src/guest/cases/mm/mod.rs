@@ -19,6 +19,8 @@ mod munmap;
 mod pins;
 mod proc;
 mod start;
+mod storage;
+mod swap;
 mod userfault;
 mod userfaultfd;
 
@@ -42,4 +44,5 @@ pub(super) const GROUPS: &[&[Case]] = &[
     access::CASES,
     pins::CASES,
     files::CASES,
+    swap::CASES,
 ];

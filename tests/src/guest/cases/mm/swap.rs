@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Swap, on a disk and on zram: pages that the GPU has mapped are swapped out under it, and come back by
+//! its fault. What it wrote is never lost, even where no CPU ever wrote: the kernel drops a page that
+//! looks clean and is in swap already. Pages in VRAM are not swapped. What happens while jobs run is in
+//! [`super::swap_jobs`].
+
+use super::{
+    start::{
+        At, SEED, Start, ensure_agreement, ensure_sum, exercise, exercise_all, exercise_empty,
+    },
+    storage::{EACH_SWAP, Swap, swap_out, swapped},
+};
+use crate::guest::{
+    call::Job,
+    child::code,
+    oracle,
+    place::{ensure_place, migrate, move_all},
+};
+use anyhow::{Context, Result, ensure};
+use farfault::arena::{Backing, Region};
+use farfault::{
+    Access, Advice, Gpu, HUGE_PAGE_SIZE, Place,
+    process::{Ended, fork},
+    stage,
+};
+
+group! { "mm::swap", on Disk, seconds 120:
+    mirrored_pages_swapped_out_come_back_by_the_gpus_fault,
+    gpu_writes_to_pages_that_came_back_clean_survive_swap,
+    pages_in_vram_are_not_swapped_and_are_once_home,
+    half_in_vram_and_half_swapped_keeps_the_data,
+    swapped_pages_asked_to_vram_keep_the_data,
+    swapped_pages_that_the_gpu_touches_can_go_to_vram,
+    atomics_of_the_gpu_on_pages_that_were_swapped_count,
+    fork_of_swapped_pages_leaves_each_its_data,
+    swapped_pages_discarded_moved_and_unmapped_are_so_for_the_gpu,
+    swapoff_brings_mirrored_pages_back,
+}
+
+pub(super) const MIRRORED: [Start; 2] = [
+    Start {
+        backing: Backing::Small,
+        at: At::Ram,
+    },
+    Start {
+        backing: Backing::Huge,
+        at: At::Ram,
+    },
+];
+
+/// Runs a case on a GPU and 2 MiB of each of these starts, with each kind of swap.
+pub(super) fn each_swap(
+    starts: &[Start],
+    case: impl Fn(&Gpu, Region, &Swap) -> Result<()>,
+) -> Result<()> {
+    for on in EACH_SWAP {
+        for start in starts {
+            let swap = Swap::on(on)?;
+            let gpu = Gpu::open_first()?;
+            let region = start.region(&gpu, HUGE_PAGE_SIZE)?;
+            case(&gpu, region, &swap).with_context(|| format!("{start:?}, swap on {on:?}"))?;
+            region.unmap()?;
+        }
+    }
+    Ok(())
+}
+
+/// Neither CPU nor GPU has anything of it mapped.
+fn ensure_unmapped(gpu: &Gpu, region: Region) -> Result<()> {
+    let states = gpu.query(region.pages())?;
+    let wrong = states
+        .iter()
+        .position(|page| page.cpu.place != Place::None || page.gpu.place != Place::None);
+    ensure!(
+        wrong.is_none(),
+        "page {wrong:?} was swapped out, and is {:?}",
+        wrong.and_then(|page| states.get(page))
+    );
+    ensure_agreement(gpu, region)
+}
+
+fn mirrored_pages_swapped_out_come_back_by_the_gpus_fault() -> Result<()> {
+    each_swap(&MIRRORED, |gpu, region, _| {
+        swap_out(region)?;
+        ensure_unmapped(gpu, region)?;
+        ensure_sum(gpu, region, 0, 0)?;
+        ensure_place(gpu, region, Place::Ram)?;
+        exercise_all(gpu, region)?;
+        // Now its first touch is a write.
+        swap_out(region)?;
+        Job::add(region, 1).waves(2).run(gpu)?;
+        ensure_place(gpu, region, Place::Ram)?;
+        exercise(gpu, region, 0, 3)
+    })
+}
+
+/// Who touches pages that were swapped out, before the GPU writes to them.
+#[derive(Clone, Copy, Debug)]
+enum Back {
+    CpuRead,
+    ReadAhead,
+    GpuRead,
+    GpuWrite,
+}
+
+fn gpu_writes_to_pages_that_came_back_clean_survive_swap() -> Result<()> {
+    each_swap(&MIRRORED, |gpu, region, _| {
+        let mut added = 0;
+        for back in [
+            Back::CpuRead,
+            Back::ReadAhead,
+            Back::GpuRead,
+            Back::GpuWrite,
+        ] {
+            swap_out(region)?;
+            match back {
+                Back::CpuRead => oracle::check(region, SEED, added)?,
+                Back::ReadAhead => {
+                    region.advise(stage::Advice::WillNeed)?;
+                    oracle::check(region, SEED, added)?;
+                }
+                Back::GpuRead => ensure_sum(gpu, region, 0, added)?,
+                Back::GpuWrite => {}
+            }
+            // Only the GPU knows of this.
+            Job::add(region, 1).waves(2).run(gpu)?;
+            added += 1;
+            swap_out(region)?;
+            oracle::check(region, SEED, added).with_context(|| format!("{back:?}"))?;
+            ensure_sum(gpu, region, 0, added).with_context(|| format!("{back:?}"))?;
+        }
+        Ok(())
+    })
+}
+
+fn pages_in_vram_are_not_swapped_and_are_once_home() -> Result<()> {
+    let starts = [Backing::Small, Backing::Huge].map(|backing| Start {
+        backing,
+        at: At::Vram,
+    });
+    each_swap(&starts, |gpu, region, _| {
+        for _ in 0..3 {
+            region.advise(stage::Advice::PageOut)?;
+        }
+        ensure!(swapped(region)? == 0);
+        ensure_place(gpu, region, Place::Vram)?;
+        ensure_sum(gpu, region, 0, 0)?;
+        // By a CPU's touch.
+        oracle::check(region, SEED, 0)?;
+        swap_out(region)?;
+        ensure_unmapped(gpu, region)?;
+        exercise_all(gpu, region)?;
+        // On request, with what the GPU wrote in VRAM.
+        move_all(gpu, region, Place::Vram)?;
+        Job::add(region, 1).waves(2).run(gpu)?;
+        move_all(gpu, region, Place::Ram)?;
+        swap_out(region)?;
+        exercise(gpu, region, 0, 3)
+    })
+}
+
+fn half_in_vram_and_half_swapped_keeps_the_data() -> Result<()> {
+    let starts = [Backing::Small, Backing::Huge].map(|backing| Start {
+        backing,
+        at: At::Half,
+    });
+    each_swap(&starts, |gpu, region, _| {
+        let half = region.length() / 2;
+        let (in_vram, in_ram) = (region.part(0, half), region.part(half, half));
+        swap_out(in_ram)?;
+        region.advise(stage::Advice::PageOut)?;
+        ensure!(swapped(in_vram)? == 0);
+        ensure_place(gpu, in_vram, Place::Vram)?;
+        ensure_agreement(gpu, region)?;
+        Job::add(region, 1).waves(2).run(gpu)?;
+        ensure_place(gpu, in_vram, Place::Vram)?;
+        swap_out(in_ram)?;
+        exercise(gpu, region, 0, 1)
+    })
+}
+
+fn swapped_pages_asked_to_vram_keep_the_data() -> Result<()> {
+    each_swap(&MIRRORED, |gpu, region, _| {
+        swap_out(region)?;
+        migrate(gpu, region, Place::Vram)?;
+        ensure_agreement(gpu, region)?;
+        ensure_sum(gpu, region, 0, 0)?;
+        Job::add(region, 1).waves(2).run(gpu)?;
+        // What was read back can move, and takes its content along, not that of the swap.
+        move_all(gpu, region, Place::Vram)?;
+        exercise(gpu, region, 0, 1)
+    })
+}
+
+fn swapped_pages_that_the_gpu_touches_can_go_to_vram() -> Result<()> {
+    each_swap(&MIRRORED, |gpu, region, _| {
+        gpu.advise(region.pages(), Advice::Default)?;
+        swap_out(region)?;
+        // It reads them back to RAM first, where they may stay until they are asked for.
+        Job::add(region, 1).waves(2).run(gpu)?;
+        ensure!(swapped(region)? == 0);
+        ensure_sum(gpu, region, 0, 1)?;
+        move_all(gpu, region, Place::Vram)?;
+        exercise(gpu, region, 0, 1)
+    })
+}
+
+fn atomics_of_the_gpu_on_pages_that_were_swapped_count() -> Result<()> {
+    each_swap(&MIRRORED, |gpu, region, _| {
+        let words_of_a_page = farfault::PAGE_SIZE / 8;
+        for round in 1..4u64 {
+            for page in [0, 1, 511] {
+                let part = region.part(page * farfault::PAGE_SIZE, farfault::PAGE_SIZE);
+                Job::atomic_add(part.address(), 1, 10).run(gpu)?;
+            }
+            // A page that the GPU has for itself is nobody's to swap, until a CPU has touched it.
+            region.advise(stage::Advice::PageOut)?;
+            for page in [0, 1, 511] {
+                let should = oracle::word(SEED, page * words_of_a_page).wrapping_add(10 * round);
+                ensure!(
+                    region.load(page * words_of_a_page) == should,
+                    "page {page}, round {round}"
+                );
+            }
+            swap_out(region)?;
+        }
+        for page in [0, 1, 511] {
+            region.store(
+                page * words_of_a_page,
+                oracle::word(SEED, page * words_of_a_page),
+            );
+        }
+        exercise_all(gpu, region)
+    })
+}
+
+fn fork_of_swapped_pages_leaves_each_its_data() -> Result<()> {
+    each_swap(&MIRRORED, |gpu, region, _| {
+        swap_out(region)?;
+        let child = fork(|| {
+            code((|| {
+                let gpu = Gpu::open_first()?;
+                ensure_sum(&gpu, region, 0, 0)?;
+                Job::add(region, 1).waves(2).run(&gpu)?;
+                oracle::check(region, SEED, 1)?;
+                swap_out(region)?;
+                oracle::check(region, SEED, 1)
+            })())
+        })?;
+        Job::add(region, 100).waves(2).run(gpu)?;
+        ensure!(child.wait()? == Ended::Exited(0));
+        swap_out(region)?;
+        exercise(gpu, region, 0, 100)
+    })
+}
+
+fn swapped_pages_discarded_moved_and_unmapped_are_so_for_the_gpu() -> Result<()> {
+    each_swap(&MIRRORED, |gpu, region, _| {
+        let quarter = region.length() / 4;
+        let part = |number: usize| region.part(number * quarter, quarter);
+        swap_out(region)?;
+        part(0).discard()?;
+        part(1).unmap()?;
+        let moved = part(2).remap()?;
+        exercise_empty(gpu, part(0))?;
+        for gone in [part(1), part(2)] {
+            Job::sum(gone).fails_at(gpu, gone.address(), Access::Read)?;
+        }
+        exercise(gpu, moved, 2 * quarter / 8, 0)?;
+        exercise(gpu, part(3), 3 * quarter / 8, 0)?;
+        moved.unmap()?;
+        part(1).map_again()?;
+        exercise_empty(gpu, part(1))
+    })
+}
+
+fn swapoff_brings_mirrored_pages_back() -> Result<()> {
+    each_swap(&MIRRORED, |gpu, region, swap| {
+        let half = region.length() / 2;
+        // Half of it is back already, and mapped by the GPU, which has written it since.
+        swap_out(region)?;
+        oracle::check(region.part(0, half), SEED, 0)?;
+        Job::add(region.part(0, half), 1).waves(2).run(gpu)?;
+        swap.off()?;
+        ensure!(swapped(region)? == 0);
+        ensure_place(gpu, region, Place::Ram)?;
+        Job::add(region.part(half, half), 1).waves(2).run(gpu)?;
+        exercise(gpu, region, 0, 1)
+    })
+}
