@@ -23,6 +23,7 @@ mod storage;
 mod swap;
 mod userfault;
 mod userfaultfd;
+mod writeback;
 
 use crate::guest::Case;
 
@@ -45,4 +46,5 @@ pub(super) const GROUPS: &[&[Case]] = &[
     pins::CASES,
     files::CASES,
     swap::CASES,
+    writeback::CASES,
 ];
