@@ -68,5 +68,5 @@ pub use job::{Job, Scope};
 pub use launch::{Chain, Launch, Output};
 pub use pages::{HUGE_PAGE_SIZE, PAGE_SIZE, Pages};
 #[cfg(feature = "arena")]
-pub use sys::{arena, ring, stage};
+pub use sys::{arena, numa, ring, stage};
 pub use uapi::{Access, Advice, Info, Kernel, Place, Stats};

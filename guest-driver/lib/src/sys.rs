@@ -22,6 +22,8 @@ mod kernel_access;
 #[cfg(feature = "arena")]
 mod looker;
 #[cfg(feature = "arena")]
+pub mod numa;
+#[cfg(feature = "arena")]
 mod region;
 #[cfg(feature = "arena")]
 pub mod ring;

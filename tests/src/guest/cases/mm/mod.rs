@@ -8,6 +8,7 @@ mod compaction;
 mod files;
 mod fork;
 mod fork_order;
+mod frames;
 mod khugepaged;
 mod ksm;
 mod madvise;
@@ -16,6 +17,7 @@ mod mlock;
 mod mprotect;
 mod mremap;
 mod munmap;
+mod numa;
 mod pins;
 mod proc;
 mod start;
@@ -47,4 +49,5 @@ pub(super) const GROUPS: &[&[Case]] = &[
     files::CASES,
     swap::CASES,
     writeback::CASES,
+    numa::CASES,
 ];
