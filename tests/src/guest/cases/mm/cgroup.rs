@@ -50,6 +50,16 @@ impl Cgroup {
         fs::write(self.0.join("memory.max"), bytes.to_string()).context("memory.max")
     }
 
+    /// Lets the kernel reclaim so much of the group, as far as it can.
+    pub(super) fn reclaim(&self, bytes: u64) -> Result<()> {
+        match fs::write(self.0.join("memory.reclaim"), bytes.to_string()) {
+            Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => {
+                Err(error).context("memory.reclaim")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// How often something happened, by the names of `memory.events`.
     pub(super) fn events(&self, name: &str) -> Result<u64> {
         let text = self.read("memory.events")?;

@@ -5,6 +5,7 @@
 mod access;
 mod cgroup;
 mod compaction;
+mod direct;
 mod files;
 mod fork;
 mod fork_order;
@@ -20,12 +21,14 @@ mod munmap;
 mod numa;
 mod pins;
 mod proc;
+mod reclaim;
 mod start;
 mod storage;
 mod swap;
 mod userfault;
 mod userfaultfd;
 mod writeback;
+mod zones;
 
 use crate::guest::Case;
 
@@ -50,4 +53,7 @@ pub(super) const GROUPS: &[&[Case]] = &[
     swap::CASES,
     writeback::CASES,
     numa::CASES,
+    zones::CASES,
+    direct::CASES,
+    reclaim::CASES,
 ];

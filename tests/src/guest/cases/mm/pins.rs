@@ -197,14 +197,14 @@ fn pages_in_a_pipe_stay_and_show_what_the_gpu_writes() -> Result<()> {
 }
 
 /// The kernel's own module for tests of pins, by the calls of `mm/gup_test.h`.
-struct GupTest {
+pub(super) struct GupTest {
     file: File,
     argument: Region,
 }
 
 impl GupTest {
     /// Nothing, and the reason printed, where the kernel does not have it.
-    fn open() -> Result<Option<Self>> {
+    pub(super) fn open() -> Result<Option<Self>> {
         let path = "/sys/kernel/debug/gup_test";
         let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else {
             crate::guest::skip("the kernel has no gup_test (CONFIG_GUP_TEST)");
@@ -233,13 +233,13 @@ impl GupTest {
     }
 
     /// `FOLL_LONGTERM`, until [`GupTest::release`].
-    fn pin_longterm(&self, region: Region) -> Result<()> {
+    pub(super) fn pin_longterm(&self, region: Region) -> Result<()> {
         const WRITE: u64 = 1;
         let words = [region.address(), region.length() as u64, WRITE];
         self.call(1, 7, 24, &words)
     }
 
-    fn release(&self) -> Result<()> {
+    pub(super) fn release(&self) -> Result<()> {
         self.call(0, 8, 0, &[])
     }
 

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Reclaim at work on pages that the GPU has, while jobs run and by the limits of groups: invalidations come
+//! from inside of it. Nobody waits for ever, and no data is lost.
+
+use super::{
+    cgroup::Cgroup,
+    start::{At, SEED, Start, ensure_sum, eventually, exercise},
+    storage::{Swap, SwapOn, swapped, vmstat},
+    swap::{MIRRORED, each_swap},
+};
+use crate::guest::{
+    call::Job,
+    child::code,
+    oracle,
+    place::{ensure_place, move_all},
+    settings,
+};
+use anyhow::{Context, Result, ensure};
+use farfault::arena::Backing;
+use farfault::{
+    Gpu, HUGE_PAGE_SIZE, Place,
+    process::{Child, Ended, fork},
+    stage,
+};
+use std::time::{Duration, Instant};
+
+group! { "mm::reclaim", on Disk, seconds 180:
+    pages_swapped_out_under_running_jobs_lose_nothing,
+    swapoff_under_running_jobs_loses_nothing,
+    reclaim_of_the_group_swaps_mirrored_pages_and_leaves_vram,
+    pages_shared_after_fork_reclaimed_keep_each_their_data,
+}
+
+/// A case goes on for so long.
+fn time() -> Instant {
+    Instant::now() + settings::duration(Duration::from_millis(500))
+}
+
+/// A child in a group.
+fn in_group(cgroup: &Cgroup, body: impl FnOnce() -> Result<()>) -> Result<Child> {
+    let in_child = || {
+        cgroup.enter()?;
+        body()
+    };
+    Ok(fork(|| code(in_child()))?)
+}
+
+fn ensure_well(child: Child) -> Result<()> {
+    let ended = child.wait()?;
+    ensure!(ended == Ended::Exited(0), "it ended with {ended:?}");
+    Ok(())
+}
+
+fn pages_swapped_out_under_running_jobs_lose_nothing() -> Result<()> {
+    each_swap(&MIRRORED, |gpu, region, _| {
+        let (end, before) = (time(), vmstat("pswpout")?);
+        let mut added = 0;
+        while added < 2 || Instant::now() < end {
+            super::start::while_adding(gpu, region, || Ok(region.advise(stage::Advice::PageOut)?))?;
+            added += 1;
+            ensure_sum(gpu, region, 0, added)?;
+        }
+        ensure!(vmstat("pswpout")? > before, "nothing was swapped");
+        exercise(gpu, region, 0, added)
+    })
+}
+
+fn swapoff_under_running_jobs_loses_nothing() -> Result<()> {
+    each_swap(&MIRRORED, |gpu, region, swap| {
+        super::storage::swap_out(region)?;
+        super::start::while_adding(gpu, region, || swap.off())?;
+        ensure!(swapped(region)? == 0);
+        ensure_place(gpu, region, Place::Ram)?;
+        exercise(gpu, region, 0, 1)
+    })
+}
+
+fn reclaim_of_the_group_swaps_mirrored_pages_and_leaves_vram() -> Result<()> {
+    let _swap = Swap::on(SwapOn::Disk)?;
+    for backing in [Backing::Small, Backing::Huge] {
+        let cgroup = Cgroup::new("reclaim")?;
+        ensure_well(in_group(&cgroup, || {
+            let gpu = Gpu::open_first()?;
+            let start = |at| Start { backing, at };
+            let in_vram = start(At::Vram).region(&gpu, HUGE_PAGE_SIZE)?;
+            let mirrored = start(At::Ram).region(&gpu, HUGE_PAGE_SIZE)?;
+            let half = start(At::Half).region(&gpu, HUGE_PAGE_SIZE)?;
+            let pages = mirrored.pages().count();
+            eventually("mirrored pages are swapped", || {
+                cgroup.reclaim(4 << 20)?;
+                Ok(swapped(mirrored)? == pages && swapped(half)? == pages / 2)
+            })?;
+            ensure_place(&gpu, in_vram, Place::Vram)?;
+            ensure_place(&gpu, half.part(0, HUGE_PAGE_SIZE / 2), Place::Vram)?;
+            for region in [in_vram, mirrored, half] {
+                exercise(&gpu, region, 0, 0)?;
+            }
+            // At home they are as all others.
+            move_all(&gpu, in_vram, Place::Ram)?;
+            eventually("what came home is swapped", || {
+                cgroup.reclaim(4 << 20)?;
+                Ok(swapped(in_vram)? == pages)
+            })?;
+            exercise(&gpu, in_vram, 0, 2)
+        })?)
+        .with_context(|| format!("{backing:?}"))?;
+    }
+    Ok(())
+}
+
+fn pages_shared_after_fork_reclaimed_keep_each_their_data() -> Result<()> {
+    let _swap = Swap::on(SwapOn::Disk)?;
+    for start in MIRRORED {
+        let cgroup = Cgroup::new("shared")?;
+        ensure_well(in_group(&cgroup, || {
+            let gpu = Gpu::open_first()?;
+            let region = start.region(&gpu, HUGE_PAGE_SIZE)?;
+            let (from_parent, to_child) = rustix::pipe::pipe()?;
+            let child = fork(|| {
+                code((|| {
+                    rustix::io::read(&from_parent, &mut [0u8])?;
+                    oracle::check(region, SEED, 0)?;
+                    let gpu = Gpu::open_first()?;
+                    Job::add(region, 50).waves(2).run(&gpu)?;
+                    oracle::check(region, SEED, 50)
+                })())
+            })?;
+            eventually("shared pages are swapped", || {
+                cgroup.reclaim(4 << 20)?;
+                Ok(swapped(region)? == region.pages().count())
+            })?;
+            Job::add(region, 1).waves(2).run(&gpu)?;
+            rustix::io::write(&to_child, &[1])?;
+            ensure!(child.wait()? == Ended::Exited(0));
+            exercise(&gpu, region, 0, 1)
+        })?)
+        .with_context(|| format!("{start:?}"))?;
+    }
+    Ok(())
+}
