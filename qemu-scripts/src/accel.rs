@@ -53,6 +53,15 @@ impl Accel {
         }
     }
 
+    /// The model of the CPU. The translator does string instructions unit by unit: a kernel that takes the CPU's word that
+    /// those of bytes are fast (to zero pages, and to copy to programs) would be eight times slower there.
+    pub(crate) fn cpu(self) -> &'static str {
+        match self {
+            Self::Kvm => "max",
+            Self::Tcg => "max,erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off",
+        }
+    }
+
     /// Decides, by the option or by trying.
     ///
     /// # Errors

@@ -20,6 +20,8 @@ pub struct Config {
     pub memory_mib: u32,
     /// Virtual CPUs. More than the host has makes an emulated VM slower.
     pub cpus: u32,
+    /// Their model, as QEMU names it; the one that suits what runs the VM if there is none.
+    pub cpu: Option<String>,
     /// The driver.
     pub driver: Driver,
     /// Free slots for hot-plug.
@@ -58,6 +60,7 @@ impl Default for Config {
             device_args: Vec::new(),
             memory_mib: 2048,
             cpus: 2,
+            cpu: None,
             driver: Driver::Load(Vec::new()),
             spare_slots: 0,
             disks: false,

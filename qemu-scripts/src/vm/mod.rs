@@ -460,12 +460,13 @@ impl Vm {
 }
 
 /// What the command line has of preparation and configuration; for a person, and without GPUs and disks.
-fn spec<'a>(prepared: &'a Prepared, config: &Config, kernel_args: &'a [String]) -> Spec<'a> {
+fn spec<'a>(prepared: &'a Prepared, config: &'a Config, kernel_args: &'a [String]) -> Spec<'a> {
     Spec {
         qemu: prepared.setup.toolbox.qemu(),
         accel: prepared.accel,
         memory_mib: config.memory_mib,
         cpus: config.cpus,
+        cpu: config.cpu.as_deref().unwrap_or(prepared.accel.cpu()),
         kernel: &prepared.setup.kernel.image,
         initramfs: &prepared.artifacts.initramfs,
         kernel_args,

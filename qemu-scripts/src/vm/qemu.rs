@@ -31,6 +31,8 @@ pub(crate) struct Spec<'a> {
     pub(crate) accel: Accel,
     pub(crate) memory_mib: u32,
     pub(crate) cpus: u32,
+    /// Their model.
+    pub(crate) cpu: &'a str,
     pub(crate) kernel: &'a Path,
     pub(crate) initramfs: &'a Path,
     pub(crate) kernel_args: &'a [String],
@@ -65,7 +67,7 @@ pub(crate) fn command_line(spec: &Spec<'_>) -> Vec<OsString> {
         .extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(OsString::from));
     line.add("-display", "none");
     line.add("-accel", spec.accel.argument());
-    line.add("-cpu", "max");
+    line.add("-cpu", spec.cpu);
     line.add("-m", format!("{}M", spec.memory_mib));
     add_nodes(&mut line, spec);
     // ACPI hot-plug cannot remove a vhost-user device whose driver is bound; PCIe's own can.
@@ -235,6 +237,7 @@ mod tests {
             accel: Accel::Tcg,
             memory_mib: 2048,
             cpus: 2,
+            cpu: "max",
             kernel: Path::new("/k"),
             initramfs: Path::new("/i"),
             kernel_args: &["debug".to_owned()],

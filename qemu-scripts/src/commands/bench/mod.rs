@@ -45,6 +45,9 @@ pub(crate) struct Arguments {
     /// Show where the guest's kernel spends its time in the suite's benchmark, on both drivers, and measure nothing
     #[arg(long, conflicts_with_all = ["rounds", "quick", "json"])]
     profile: bool,
+    /// The model of the guest's CPUs; tests and demo use erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off under the translator
+    #[arg(long, value_name = "MODEL", default_value = "max")]
+    cpu: String,
     /// A further argument for the guest's kernel, such as init_on_alloc=0; may be given again
     #[arg(long, value_name = "ARGUMENT")]
     append: Vec<String>,
@@ -64,6 +67,7 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
         vram: VRAM.to_owned(),
         memory_mib: MEMORY_MIB,
         cpus: CPUS,
+        cpu: Some(arguments.cpu.clone()),
         kernel_args: arguments.append.clone(),
         driver: Driver::None,
         ..Config::default()
@@ -77,8 +81,9 @@ pub(crate) fn run(options: &Options, arguments: &Arguments) -> anyhow::Result<Ex
         let rows = figures::rows(&rounds, sizes)?;
         print!("{}", table::text(&rows));
         println!(
-            "\n{}, {CPUS} vCPUs{}; {} in turns: figures are medians, and a ratio is the median of the rounds' ratios",
+            "\n{}, {CPUS} vCPUs {}{}; {} in turns: figures are medians, and a ratio is the median of the rounds' ratios",
             prepared.accel,
+            arguments.cpu,
             arguments.append.iter().map(|argument| format!(", {argument}")).collect::<String>(),
             match rounds.len() {
                 1 => "1 round".to_owned(),
