@@ -19,7 +19,7 @@
 //! that as many wake as there is work, and none for nothing.
 
 use super::{
-    queues::{QUEUES, Queues, Taken, TransportStats},
+    queues::{QUEUES, Queues, Restart, Taken, TransportStats},
     ring::Ring,
 };
 use crate::{
@@ -62,8 +62,6 @@ struct State {
     holds: u32,
     /// The front end has stopped a ring: no work is started until it starts one.
     halted: bool,
-    /// It has stopped all of them, when they were taken so far.
-    stopped: Option<[Option<u16>; QUEUES]>,
     /// Workers end.
     ending: bool,
 }
@@ -96,7 +94,6 @@ impl Device {
                 queues: Queues::new(gpu),
                 holds: 0,
                 halted: false,
-                stopped: None,
                 ending: false,
             }),
             work: Condvar::new(),
@@ -182,9 +179,7 @@ impl Device {
     pub(super) fn ring_stopped(&self) -> io::Result<()> {
         let mut state = self.state.lock();
         state.halted = true;
-        if state.stopped.is_none() && !state.queues.any_running() {
-            state.stopped = Some(state.queues.bases());
-        }
+        state.queues.note_stop();
         self.wait_quiet(&mut state)
     }
 
@@ -197,16 +192,20 @@ impl Device {
     }
 
     /// A ring runs. If all were stopped, it is either the VM that goes on, with its rings as they were, or a
-    /// driver that begins with new ones: then the GPU is as new.
+    /// driver that begins with new ones: then the GPU is as new. A ring that was never used looks the same in
+    /// both, so the first one that was decides; until then nothing is done.
     pub(super) fn leave_halt(&self) {
         let mut state = self.state.lock();
         if !state.halted || !state.queues.any_running() {
             return;
         }
-        let bases = state.queues.bases();
-        if state.stopped.take().is_some_and(|before| before != bases) {
-            if let Err(error) = self.reset(&mut state) {
-                log::error!("the GPU cannot be reset: {error}");
+        match state.queues.restart() {
+            Restart::Undecided => return,
+            Restart::GoesOn => {}
+            Restart::Anew => {
+                if let Err(error) = self.reset(&mut state) {
+                    log::error!("the GPU cannot be reset: {error}");
+                }
             }
         }
         state.halted = false;
@@ -219,7 +218,6 @@ impl Device {
     pub(super) fn detach(&self) -> io::Result<()> {
         let mut state = self.state.lock();
         state.queues.forget_front_end();
-        state.stopped = None;
         self.reset(&mut state)?;
         state.halted = false;
         Ok(())

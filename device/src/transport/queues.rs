@@ -63,6 +63,9 @@ pub(super) struct Queues {
     /// Between its connection and its end.
     has_front_end: bool,
     rings: [Option<Ring>; QUEUES],
+    /// All rings were stopped, when they were taken so far. Until it is known whose rings run next, no chain
+    /// is taken or given back.
+    stopped: Option<[Option<u16>; QUEUES]>,
     max_request: usize,
     /// Requests whose reply comes later, by tag.
     pending: HashMap<u64, Pending>,
@@ -78,6 +81,17 @@ pub(super) struct Queues {
     event_buffers: VecDeque<(u16, Chain)>,
     bad_chain_log: RateLimit,
     bad_ring_log: RateLimit,
+}
+
+/// What it means that a ring runs after all were stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Restart {
+    /// A ring that was never used looks the same in both; the next one will tell.
+    Undecided,
+    /// The VM was paused: its rings are as they were.
+    GoesOn,
+    /// A driver begins with rings of its own.
+    Anew,
 }
 
 /// What came of looking for a chain.
@@ -105,6 +119,7 @@ impl Queues {
             stats: TransportStats::default(),
             has_front_end: false,
             rings: [const { None }; QUEUES],
+            stopped: None,
             max_request,
             pending: HashMap::new(),
             outstanding: [0; QUEUES],
@@ -138,10 +153,39 @@ impl Queues {
     }
 
     /// How far each ring was taken; nobody knows of one that was never started.
-    pub(super) fn bases(&self) -> [Option<u16>; QUEUES] {
+    fn bases(&self) -> [Option<u16>; QUEUES] {
         self.rings
             .each_ref()
             .map(|ring| ring.as_ref().map(Ring::base))
+    }
+
+    /// The front end has stopped a ring; if it was the last one, how far all were taken is kept.
+    pub(super) fn note_stop(&mut self) {
+        if self.stopped.is_none() && !self.any_running() {
+            self.stopped = Some(self.bases());
+        }
+    }
+
+    /// The front end has started a ring: what that means if all were stopped.
+    pub(super) fn restart(&mut self) -> Restart {
+        let Some(before) = self.stopped else {
+            return Restart::GoesOn;
+        };
+        let mut answer = Restart::GoesOn;
+        for (ring, before) in self.rings.iter().zip(before) {
+            match ring.as_ref().filter(|ring| ring.is_running()) {
+                Some(ring) if Some(ring.base()) != before => {
+                    answer = Restart::Anew;
+                    break;
+                }
+                None if before.is_some() => answer = Restart::Undecided,
+                _ => {}
+            }
+        }
+        if answer != Restart::Undecided {
+            self.stopped = None;
+        }
+        answer
     }
 
     /// After rings were stopped and run again: what was held is given back, and each ring is looked at, as
@@ -165,6 +209,7 @@ impl Queues {
     /// Forgets the front end: its rings and its memory.
     pub(super) fn forget_front_end(&mut self) {
         self.forget_requests();
+        self.stopped = None;
         self.has_front_end = false;
         self.rings = [const { None }; QUEUES];
         self.memory = Arc::default();
@@ -191,7 +236,7 @@ impl Queues {
             self.left[usize::from(index)] = true;
             return Taken::Later;
         }
-        let Some(ring) = self.ring(index) else {
+        let Some(ring) = self.ring(index).filter(|_| self.stopped.is_none()) else {
             return Taken::Nothing;
         };
         let popped = ring.pop(&self.memory);
@@ -241,6 +286,10 @@ impl Queues {
     /// Writes the events and replies that the GPU has made. Events first: a reply may promise that
     /// they were written before it.
     pub(super) fn deliver(&mut self) {
+        if self.stopped.is_some() {
+            // The rings may be those of another driver.
+            return;
+        }
         while let Some(event) = self.gpu.next_event() {
             self.write_event(&event);
         }

@@ -110,12 +110,18 @@ impl Guest {
 
     /// Starts all queues, with fresh rings.
     pub(crate) fn start(&mut self) {
+        self.start_with_breaks(Duration::ZERO);
+    }
+
+    /// Starts all queues, with fresh rings, and with a break after each that is longer than the device needs to
+    /// see it.
+    pub(crate) fn start_with_breaks(&mut self, length: Duration) {
         self.rings = [0, 1, 2].map(|index| Ring::new(&self.memory, index, RING_SIZE));
-        self.start_at([0; 3]);
+        self.start_at([0; 3], length);
     }
 
     /// Starts all queues, with the rings that are there, taken so far; in QEMU's order.
-    fn start_at(&mut self, bases: [u16; 3]) {
+    fn start_at(&mut self, bases: [u16; 3], length_of_breaks: Duration) {
         let to_host = self.host_address(GuestAddress(GUEST_BASE)) - GUEST_BASE;
         let frontend = &mut self.frontend;
         for ((index, ring), base) in self.rings.iter().enumerate().zip(bases) {
@@ -145,6 +151,11 @@ impl Guest {
             frontend
                 .set_vring_kick(index, &ring.kick)
                 .expect("SET_VRING_KICK");
+            if !length_of_breaks.is_zero() {
+                // A queue's thread looks at a ring that it is kicked for.
+                ring.kick();
+                std::thread::sleep(length_of_breaks);
+            }
         }
         for index in 0..3 {
             frontend
@@ -165,7 +176,7 @@ impl Guest {
             base as u16
         });
         std::thread::sleep(time);
-        self.start_at(bases);
+        self.start_at(bases, Duration::ZERO);
     }
 
     /// Stops all queues, as QEMU does when the guest resets the device.

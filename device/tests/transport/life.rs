@@ -48,6 +48,18 @@ fn start_work(guest: &mut Guest) {
 }
 
 #[test]
+fn reset_is_one_although_the_first_rings_to_run_again_were_never_used() {
+    let device = Device::start();
+    // The event queue alone is used: the other two are as new, and are started before it.
+    let mut guest = Guest::boot(&device);
+    let before = device.transport_stat("resets");
+    guest.stop();
+    guest.start_with_breaks(Duration::from_millis(100));
+    guest.control_ok(&nop());
+    assert_eq!(device.transport_stat("resets"), before + 1);
+}
+
+#[test]
 fn reset_in_the_middle_of_work_makes_the_gpu_as_new() {
     let device = Device::start();
     let mut guest = Guest::boot(&device);
