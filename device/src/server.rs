@@ -75,7 +75,6 @@ pub fn serve(options: &Serve) -> Result<(), ServeError> {
     settings.serial = options.serial;
     let device = Arc::new(Device::new(Gpu::new(settings)?));
 
-    let (listener, _gpu_path) = socket::listen(&options.socket)?;
     let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
     let mut _control_path = None;
     if let Some(path) = &options.control {
@@ -85,6 +84,8 @@ pub fn serve(options: &Serve) -> Result<(), ServeError> {
             .map_err(io("set up the control socket"))?;
         manager.add_subscriber(Box::new(control));
     }
+    // Last: who sees it may use the control socket too.
+    let (listener, _gpu_path) = socket::listen(&options.socket)?;
 
     // From here on all is open that will ever be, and no thread but this one runs.
     if !options.no_sandbox {

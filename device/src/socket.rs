@@ -37,7 +37,8 @@ pub struct SocketPath {
     identity: (u64, u64),
 }
 
-/// Listens on `path`, with mode 0600. A socket that a dead process left is replaced.
+/// Listens on `path`, with mode 0600. A socket that a dead process left is replaced. Who sees the name can
+/// connect: the socket has another one until it listens.
 ///
 /// The process's umask should be 0177, or there is a moment in which others may connect.
 pub fn listen(path: &Path) -> Result<(UnixListener, SocketPath), SocketError> {
@@ -61,13 +62,27 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketPath), SocketError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(io(error)),
     }
-    let listener = UnixListener::bind(path).map_err(io)?;
-    let metadata = fs::symlink_metadata(path).map_err(io)?;
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    let unnamed = tempfile::Builder::new()
+        .prefix(".")
+        .make_in(folder, |path| UnixListener::bind(path))
+        .map_err(io)?;
+    fs::set_permissions(unnamed.path(), fs::Permissions::from_mode(0o600)).map_err(io)?;
+    let metadata = fs::symlink_metadata(unnamed.path()).map_err(io)?;
+    let listener = match unnamed.persist_noclobber(path) {
+        Ok(listener) => listener,
+        Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => {
+            return Err(SocketError::InUse(path.into()));
+        }
+        Err(error) => return Err(io(error.error)),
+    };
     let socket = SocketPath {
         path: path.into(),
         identity: (metadata.dev(), metadata.ino()),
     };
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(io)?;
     Ok((listener, socket))
 }
 
@@ -89,6 +104,7 @@ impl Drop for SocketPath {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn socket_is_private_and_removed_at_the_end() {
@@ -98,6 +114,26 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         drop(socket);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn socket_that_is_seen_can_be_connected_to() {
+        let folder = tempfile::tempdir().unwrap();
+        for round in 0..200 {
+            let path = folder.path().join(format!("{round}.sock"));
+            let seen = path.clone();
+            let client = std::thread::spawn(move || {
+                let deadline = Instant::now() + Duration::from_secs(30);
+                while !seen.exists() && Instant::now() < deadline {
+                    std::hint::spin_loop();
+                }
+                UnixStream::connect(seen)
+            });
+            let _listener = listen(&path).unwrap();
+            client.join().unwrap().unwrap();
+        }
+        // And nothing else is left.
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[test]
