@@ -6,15 +6,16 @@
 
 use super::{
     start::{
-        At, SEED, Start, ensure_agreement, ensure_sum, exercise, exercise_all, exercise_empty,
+        At, SEED, Start, ensure_agreement, ensure_sum, ensure_words, eventually, exercise,
+        exercise_all, exercise_empty,
     },
-    storage::{EACH_SWAP, Swap, swap_out, swapped},
+    storage::{EACH_SWAP, Swap, drop_caches, swap_out, swapped},
 };
 use crate::guest::{
     call::Job,
     child::code,
     oracle,
-    place::{ensure_place, migrate, move_all},
+    place::{count, ensure_place, migrate, move_all},
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -23,10 +24,13 @@ use farfault::{
     process::{Ended, fork},
     stage,
 };
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use std::fs::File;
 
 group! { "mm::swap", on Disk, seconds 120:
     mirrored_pages_swapped_out_come_back_by_the_gpus_fault,
     gpu_writes_to_pages_that_came_back_clean_survive_swap,
+    gpu_writes_to_shared_memory_that_was_only_read_survive_swap,
     pages_in_vram_are_not_swapped_and_are_once_home,
     half_in_vram_and_half_swapped_keeps_the_data,
     swapped_pages_asked_to_vram_keep_the_data,
@@ -131,6 +135,39 @@ fn gpu_writes_to_pages_that_came_back_clean_survive_swap() -> Result<()> {
         }
         Ok(())
     })
+}
+
+fn gpu_writes_to_shared_memory_that_was_only_read_survive_swap() -> Result<()> {
+    for on in EACH_SWAP {
+        let _swap = Swap::on(on)?;
+        let gpu = Gpu::open_first()?;
+        // Who reads it first: for both it is zeros, writable and clean.
+        for gpu_reads in [false, true] {
+            let file = File::from(memfd_create("farfault-test", MemfdFlags::CLOEXEC)?);
+            ftruncate(&file, HUGE_PAGE_SIZE as u64)?;
+            let region = Region::map(HUGE_PAGE_SIZE, Backing::File(&file))?;
+            if gpu_reads {
+                ensure!(Job::sum(region).waves(2).run(&gpu)? == 0);
+            } else {
+                ensure_words(region, 0)?;
+            }
+            Job::fill(region, 7).waves(2).run(&gpu)?;
+            eventually("shared memory is swapped", || {
+                region.advise(stage::Advice::PageOut)?;
+                drop_caches()?;
+                Ok(count(&gpu, region, Place::None)? == region.pages().count())
+            })?;
+            let context = || format!("swap on {on:?}, first read by the GPU: {gpu_reads}");
+            ensure_words(region, 7).with_context(context)?;
+            ensure!(
+                Job::sum(region).waves(2).run(&gpu)? == 7 * region.words() as u64,
+                "{}",
+                context()
+            );
+            region.unmap()?;
+        }
+    }
+    Ok(())
 }
 
 fn pages_in_vram_are_not_swapped_and_are_once_home() -> Result<()> {

@@ -9,6 +9,7 @@ mod gpus;
 mod hostile;
 mod kill;
 mod oversubscription;
+mod recheck;
 mod recycle;
 mod torn;
 mod workers;
@@ -24,4 +25,5 @@ pub(super) const GROUPS: &[&[Case]] = &[
     kill::CASES,
     hostile::CASES,
     oversubscription::CASES,
+    recheck::CASES,
 ];
