@@ -172,6 +172,10 @@ module! {
             default: 20,
             description: "Seconds that the device has to answer a request before it counts as lost",
         },
+        least_stay: u16 {
+            default: 2,
+            description: "Milliseconds that 2 MiB stay in VRAM at least before they make room for others",
+        },
         dmirror: u8 {
             default: 0,
             description: "1: the first two GPUs also have /dev/hmm_dmirror0 and 1, with the ioctls of lib/test_hmm_uapi.h",

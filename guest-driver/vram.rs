@@ -20,9 +20,10 @@ use kernel::{
         atomic::{Atomic, Relaxed},
         SpinLock,
     },
+    time::{Delta, Instant, Monotonic},
 };
 
-use crate::{kapi::pagemap::DevicePage, sort::sort_by_key};
+use crate::{kapi::pagemap::DevicePage, module_parameters, sort::sort_by_key};
 use farfault_protocol::address::VramAddr;
 
 /// log2 of [`BLOCK_PAGES`]: the order of a huge folio.
@@ -30,6 +31,12 @@ pub(crate) const BLOCK_ORDER: u32 = 9;
 /// Pages of a block.
 pub(crate) const BLOCK_PAGES: usize = 1 << BLOCK_ORDER;
 const WORDS: usize = BLOCK_PAGES / 64;
+
+/// A block stays so long at least where others want its room, or it would go before it was used: the
+/// module's parameter.
+fn least_stay() -> Delta {
+    Delta::from_millis(i64::from(*module_parameters::least_stay.value()))
+}
 
 /// A page of VRAM, by number.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -88,6 +95,8 @@ struct Block {
     retired_pages: u32,
     /// When it was last taken from or mapped, in ticks of `State::clock`.
     used_at: u64,
+    /// When its first page was taken.
+    came_at: Option<Instant<Monotonic>>,
 }
 
 impl Block {
@@ -100,7 +109,14 @@ impl Block {
         retired: [0; WORDS],
         retired_pages: 0,
         used_at: 0,
+        came_at: None,
     };
+
+    /// Whether it may go to make room.
+    fn has_stayed(&self) -> bool {
+        self.came_at
+            .is_none_or(|came_at| came_at.elapsed() >= least_stay())
+    }
 
     fn take_lowest(&mut self) -> Option<usize> {
         let word = self.free.iter().position(|&w| w != 0)?;
@@ -180,6 +196,7 @@ impl State {
         let block = self.blocks.get_mut(index)?;
         block.usage = usage;
         block.used_at = now;
+        block.came_at = Some(Instant::now());
         block.free = [0; WORDS];
         block.free_pages = 0;
         self.free_pages -= BLOCK_PAGES;
@@ -195,6 +212,9 @@ impl State {
         let index = begun.or_else(|| self.find(Use::Free))?;
         let now = self.tick();
         let block = self.blocks.get_mut(index)?;
+        if block.usage == Use::Free {
+            block.came_at = Some(Instant::now());
+        }
         block.usage = usage;
         block.used_at = now;
         let slot = block.take_lowest()?;
@@ -484,6 +504,15 @@ impl Vram {
 
     /// The block that was not used for the longest time, of one address space or of any.
     pub(crate) fn victim(&self, of: Option<u32>) -> Option<Victim<'_>> {
+        self.victim_among(|_, context| of.is_none_or(|of| of == context))
+    }
+
+    /// Likewise, of any, but none that has only just come.
+    pub(crate) fn victim_that_stayed(&self) -> Option<Victim<'_>> {
+        self.victim_among(|block, _| block.has_stayed())
+    }
+
+    fn victim_among(&self, may_go: impl Fn(&Block, u32) -> bool) -> Option<Victim<'_>> {
         let mut state = self.state.lock();
         let (index, context) = state
             .blocks
@@ -491,7 +520,7 @@ impl Vram {
             .enumerate()
             .filter(|(_, block)| !block.evicting)
             .filter_map(|(index, block)| match block.usage {
-                Use::Data { context } if of.is_none_or(|of| of == context) => {
+                Use::Data { context } if may_go(block, context) => {
                     Some((index, context, block.used_at))
                 }
                 _ => None,

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Room in VRAM, and everything home.
 //!
-//! What goes is a block: the one that was not used for the longest time. Its pages go home through
-//! the page tables of their process, under its mmap lock, at the addresses where they were put. What
-//! is not found there (mremap moved it, only a forked child has it, the process is gone) goes home
-//! through the pages themselves. That second way is for leftovers only: mm's walk over the mappings
-//! of an anonymous page has no protection against an exiting process there. So to make room it is
-//! taken only under the mmap lock of the owner, and never while the owner exits.
+//! What goes is a block: the one that was not used for the longest time, of those that did not come
+//! just now. Its pages go home through the page tables of their process, under its mmap lock, at the
+//! addresses where they were put. What is not found there (mremap moved it, only a forked child has
+//! it, the process is gone) goes home through the pages themselves. That second way is for leftovers
+//! only: mm's walk over the mappings of an anonymous page has no protection against an exiting process
+//! there. So to make room it is taken only under the mmap lock of the owner, and never while the owner
+//! exits.
 //!
 //! Nobody may hold an mmap lock here: the victim's is taken. To make room that lock is tried for a
 //! while only: a process that keeps it is spared.
@@ -46,18 +47,28 @@ impl Gpu {
                 return Ok(reservation);
             }
             drop(reservation);
-            if self.evict_block(Cause::Evict)? == 0 {
+            // One that has only just come stays, and what wanted its room is used in RAM: or blocks would
+            // come and go, and none be used.
+            if self.evict_one(Cause::Evict, || self.vram.victim_that_stayed())? == 0 {
                 break;
             }
         }
         self.vram.reserve(context, pages)
     }
 
-    /// Sends the least recently used block home. Returns how many pages went.
+    /// Sends the least recently used block home, whenever it came. Returns how many pages went.
     pub(crate) fn evict_block(&self, cause: Cause) -> Result<usize> {
+        self.evict_one(cause, || self.vram.victim(None))
+    }
+
+    fn evict_one<'a>(
+        &'a self,
+        cause: Cause,
+        victim: impl Fn() -> Option<Victim<'a>>,
+    ) -> Result<usize> {
         let mut spared = 0;
         for _ in 0..MOST_TRIED {
-            let Some(victim) = self.vram.victim(None) else {
+            let Some(victim) = victim() else {
                 break;
             };
             if spared < MOST_SPARED && self.was_used(&victim)? {
