@@ -8,6 +8,7 @@
 use super::{
     Program, VRAM,
     call::{self, Job},
+    child::ensure_sigbus,
     mirror::{Action, Mirror},
     oracle,
     place::{migrate, move_all, state},
@@ -24,7 +25,6 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     pipe::pipe,
-    process::Signal,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -489,19 +489,13 @@ fn lose_memory(_: &[String]) -> Result<()> {
             end.fault_address == bad.address() && end.result == 0,
             "{end:x?}"
         );
-        // Those who touch it get SIGBUS, to read and to write.
-        for touch in [
-            |bad: Region| {
-                std::hint::black_box(bad.load(0));
-            },
-            |bad: Region| bad.store(0, 1),
-        ] {
-            let child = fork(|| {
-                touch(bad);
-                0
-            })?;
-            ensure!(child.wait()? == Ended::Signaled(Signal::BUS.as_raw()));
-        }
+        // Those who touch it get SIGBUS, to read and to write, and anywhere in it.
+        let last = PAGE_SIZE / 8 - 1;
+        let address = bad.address() + last as u64 * 8;
+        ensure_sigbus(address, || {
+            std::hint::black_box(bad.load(last));
+        })?;
+        ensure_sigbus(bad.address(), || bad.store(0, 1))?;
         // All around it is as it was, for the CPU and then for the GPU.
         let parts = [(0, page), (page + 1, HUGE_PAGE_SIZE / PAGE_SIZE)];
         for (from, to) in parts.into_iter().filter(|(from, to)| from < to) {

@@ -29,7 +29,7 @@ use std::{
 };
 
 pub use super::{
-    kernel_access::Traced,
+    kernel_access::{Signaled, Traced},
     looker::{Looked, fork_that_looks},
     region::userfaultfd,
 };

@@ -124,6 +124,42 @@ impl Traced {
     }
 }
 
+/// A signal that a traced process is about to get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Signaled {
+    /// Its number.
+    pub signal: i32,
+    /// `si_code`.
+    pub code: i32,
+    /// `si_addr`, where the signal is one of memory.
+    pub address: u64,
+}
+
+impl Traced {
+    /// Lets it go on until the next signal, before which it stops again. `ECHILD`: it has ended instead.
+    pub fn until_signal(&self) -> io::Result<Signaled> {
+        let pid = self.0.as_raw_nonzero().get();
+        Self::request(libc::PTRACE_CONT, self.0)?;
+        let mut status = 0;
+        // SAFETY: It waits for a child and writes its status.
+        done(unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) })?;
+        if !libc::WIFSTOPPED(status) {
+            return Err(io::Errno::CHILD);
+        }
+        // SAFETY: All zeros is a `siginfo_t`.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let (request, info_at) = (libc::PTRACE_GETSIGINFO, &raw mut info);
+        // SAFETY: It writes a `siginfo_t` to where the last argument points.
+        done(unsafe { libc::ptrace(request as _, pid, 0usize, info_at) } as _)?;
+        Ok(Signaled {
+            signal: info.si_signo,
+            code: info.si_code,
+            // SAFETY: It is a word of the union that every signal has, used or not.
+            address: unsafe { info.si_addr() } as u64,
+        })
+    }
+}
+
 impl Drop for Traced {
     fn drop(&mut self) {
         // A child that has gone needs nobody to let it go on.
