@@ -134,7 +134,11 @@ impl Space {
                 if pass != 0 {
                     fsleep(PASS_PAUSE);
                 }
-                moved += self.migrate_run(&mut service, &mm, run.clone(), to)?;
+                moved += match self.migrate_run(&mut service, &mm, run.clone(), to) {
+                    // Pages of VRAM have failed meanwhile: now they are known, and stay.
+                    Err(error) if error == EAGAIN => 0,
+                    result => result?,
+                };
                 elsewhere = match to {
                     _ if moved >= pages => 0,
                     uapi::Place::Vram => {

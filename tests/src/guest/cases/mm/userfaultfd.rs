@@ -17,7 +17,7 @@ use farfault::arena::{Backing, Region};
 use farfault::{
     Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place,
     process::{Ended, fork},
-    uapi::{JobStatus, Wait},
+    uapi::{Exclusive, JobStatus, Wait},
 };
 use rustix::{
     io::Errno,
@@ -32,6 +32,7 @@ group! { "mm::userfaultfd", gpus 1, seconds 120:
     missing_pages_read_by_the_gpu_are_what_the_handler_gives,
     missing_pages_written_by_the_gpu_are_what_the_handler_gives,
     missing_pages_are_not_made_by_a_migration,
+    missing_pages_are_not_the_gpus_alone_until_the_handler_gives_them,
     range_partly_in_vram_waits_only_for_what_is_missing,
     write_protected_pages_are_read_and_wait_for_the_handler_to_be_written,
     write_protected_in_vram_by_range_lets_the_rest_be_written,
@@ -176,6 +177,24 @@ fn missing_pages_are_not_made_by_a_migration() -> Result<()> {
             "{backing:?}: {faults} faults, {end:?}"
         );
     }
+    Ok(())
+}
+
+fn missing_pages_are_not_the_gpus_alone_until_the_handler_gives_them() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let (userfault, region, source) = missing(Advice::MapOnly, &gpu)?;
+    let exclusive = Exclusive {
+        address: region.address(),
+        length: region.length() as u64,
+    };
+    // mm waits for nobody there.
+    let refused = call::call(&gpu, exclusive);
+    ensure!(refused.is_err_and(|error| error == Errno::FAULT));
+    ensure_place(&gpu, region, Place::None)?;
+    userfault.copy(region.address(), source)?;
+    call::call(&gpu, exclusive)?;
+    Job::atomic_add(region.address(), 1, 5).run(&gpu)?;
+    ensure!(region.load(0) == oracle::word(SEED, 0).wrapping_add(5));
     Ok(())
 }
 
