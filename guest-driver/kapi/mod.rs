@@ -17,12 +17,12 @@
 //! | [`mm`] | the mmap lock and VMAs |
 //! | [`mmu_interval`] | `mmu_interval_notifier` with its update lock |
 //! | [`module`] | the module's use count |
+//! | [`page_fault`] | `handle_mm_fault()`, where `hmm_range_fault()` will not do |
 //! | [`pagemap`] | `dev_pagemap` of type `MEMORY_DEVICE_PRIVATE` |
 //! | [`poll`] | spinning for a short while |
 //! | [`signal`] | `fatal_signal_pending()` |
 //! | [`spinlock_irq`] | `spin_lock_irqsave()` |
 //! | [`trace`] | the driver's trace events |
-//! | [`userfault`] | page faults that wait for the handler of a userfaultfd |
 //! | [`virtio`] | the virtio bus |
 //! | [`virtqueue`] | virtqueues |
 //! | [`workqueue`] | a workqueue of one's own |
@@ -38,12 +38,12 @@ pub(crate) mod migrate;
 pub(crate) mod mm;
 pub(crate) mod mmu_interval;
 pub(crate) mod module;
+pub(crate) mod page_fault;
 pub(crate) mod pagemap;
 pub(crate) mod poll;
 pub(crate) mod signal;
 pub(crate) mod spinlock_irq;
 pub(crate) mod trace;
-pub(crate) mod userfault;
 pub(crate) mod virtio;
 pub(crate) mod virtqueue;
 pub(crate) mod workqueue;

@@ -12,7 +12,7 @@ use super::{
     Service, Space, REGION_BYTES,
 };
 use crate::{
-    kapi::{hmm::HmmPfn, mm::MmapLock, userfault},
+    kapi::{hmm::HmmPfn, mm::MmapLock, page_fault},
     svm::page_table::{Entries, PageSet, Supplies},
     uapi::Advice,
     vram::{VramPage, BLOCK_ORDER, BLOCK_PAGES},
@@ -257,7 +257,7 @@ impl Space {
 
     /// Makes the CPU have pages of a region, for stores or only for loads; no others. `EFAULT`, `EPERM`:
     /// one is not mapped, or not so. `EAGAIN`: the handler of a userfaultfd has been asked for one, and
-    /// takes its time.
+    /// takes its time, or a page of hugetlbfs is locked.
     pub(super) fn fault_in(
         &self,
         service: &mut Service,
@@ -279,11 +279,16 @@ impl Space {
             service.pfns.fill(request);
             let lock = MmapLock::read(mm);
             let vma = lock.vma_lookup(run.start).ok_or(EFAULT)?;
-            if vma.has_userfaultfd() {
-                if !userfault::fault_in(lock, run.start, write, HANDLER_WAIT)? {
+            if vma.faults_by_itself() {
+                // A page of hugetlbfs is as large as the region, or larger.
+                next = if vma.is_hugetlb() {
+                    BLOCK_PAGES
+                } else {
+                    first + 1
+                };
+                if !page_fault::fault_in(lock, run.start, write, HANDLER_WAIT)? {
                     return Err(EAGAIN);
                 }
-                next = first + 1;
                 continue;
             }
             // What is behind may be watched.

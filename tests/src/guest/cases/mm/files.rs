@@ -5,7 +5,7 @@
 use super::start::{SEED, ensure_words, eventually};
 use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
-    oracle,
+    oracle, settings,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -19,7 +19,7 @@ use std::{
     fs::{self, File, OpenOptions},
     os::unix::fs::FileExt,
     path::PathBuf,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 group! { "mm::files", gpus 1, seconds 60:
@@ -33,6 +33,7 @@ group! { "mm::files", gpus 1, seconds 60:
     hole_punched_during_a_job_loses_nothing_outside,
     hugetlbfs_file_written_by_the_gpu_keeps_it_without_the_mapping,
     hugetlbfs_file_truncated_during_a_job_ends_it,
+    hugetlb_memory_discarded_while_the_gpu_faults_on_it_is_there_again,
 }
 
 const LENGTH: usize = 64 * PAGE_SIZE;
@@ -365,5 +366,24 @@ fn hugetlbfs_file_truncated_during_a_job_ends_it() -> Result<()> {
     ftruncate(&file, 0)?;
     let end = call::wait(&gpu, fence, JOB_TIME)?;
     ensure_status(&end, JobStatus::Fault)?;
+    Ok(region.unmap()?)
+}
+
+/// Who discards waits for who faults, and the other way round.
+fn hugetlb_memory_discarded_while_the_gpu_faults_on_it_is_there_again() -> Result<()> {
+    let _pool = Pool::of(2)?;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(HUGE_PAGE_SIZE, Backing::HugeTlb)?;
+    let fence = Job::atomic_add(region.address(), 1, u64::MAX).submit(&gpu)?;
+    let end = Instant::now() + settings::duration(Duration::from_secs(1));
+    while Instant::now() < end {
+        for _ in 0..20 {
+            region.discard()?;
+        }
+        let count = region.load(0);
+        eventually("the job counts", || Ok(region.load(0) != count))?;
+    }
+    call::kill(&gpu, fence)?;
+    ensure_status(&call::wait(&gpu, fence, JOB_TIME)?, JobStatus::Killed)?;
     Ok(region.unmap()?)
 }

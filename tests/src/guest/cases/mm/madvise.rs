@@ -7,9 +7,9 @@ use super::start::{
 };
 use crate::guest::{call::Job, child::code, oracle};
 use anyhow::{Result, ensure};
-use farfault::arena::Region;
+use farfault::arena::{Backing, Region};
 use farfault::{
-    Access, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE,
+    Access, Advice as PlaceAdvice, Gpu, HUGE_PAGE_SIZE, Kernel, PAGE_SIZE, Place,
     process::{Ended, fork},
     stage::Advice,
 };
@@ -17,6 +17,7 @@ use farfault::{
 group! { "mm::madvise", gpus 1, seconds 60:
     dontneed_leaves_zeros_and_new_pages,
     dontneed_of_part_leaves_the_rest,
+    dontneed_of_a_thousand_scattered_pages_leaves_the_gpu_none,
     free_leaves_old_data_or_zeros_the_same_for_cpu_and_gpu,
     free_then_written_by_the_gpu_is_kept,
     cold_and_pageout_keep_the_data,
@@ -47,6 +48,45 @@ fn dontneed_of_part_leaves_the_rest() -> Result<()> {
         exercise_empty(gpu, hole)?;
         exercise(gpu, region.part(3 * QUARTER, QUARTER), 3 * QUARTER / 8, 0)
     })
+}
+
+/// More entries to be cleared than go into one request to the device.
+fn dontneed_of_a_thousand_scattered_pages_leaves_the_gpu_none() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(4 * HUGE_PAGE_SIZE, Backing::Small)?;
+    gpu.advise(region.pages(), PlaceAdvice::MapOnly)?;
+    // Every other page is there, and leads to the next.
+    let pages = || (0..region.pages().count()).step_by(2);
+    let words = PAGE_SIZE / 8;
+    for page in pages() {
+        let next = region.address() + ((page + 2) * PAGE_SIZE) as u64;
+        region.store(page * words, next);
+    }
+    let count = pages().count() as u64;
+    Job::new(Kernel::PointerChase, [region.address(), count - 1, 0, 0]).run(&gpu)?;
+    let mapped = |gpu: &Gpu| -> Result<usize> {
+        let states = gpu.query(region.pages())?;
+        Ok(states
+            .iter()
+            .filter(|page| page.gpu.place != Place::None)
+            .count())
+    };
+    ensure!(
+        mapped(&gpu)? as u64 == count,
+        "the GPU has {} pages",
+        mapped(&gpu)?
+    );
+    region.advise(Advice::DontNeed)?;
+    ensure!(
+        mapped(&gpu)? == 0,
+        "the GPU has {} pages left",
+        mapped(&gpu)?
+    );
+    for page in pages() {
+        region.store(page * words, 1);
+    }
+    ensure!(Job::sum(region).waves(4).run(&gpu)? == count);
+    Ok(region.unmap()?)
 }
 
 fn free_leaves_old_data_or_zeros_the_same_for_cpu_and_gpu() -> Result<()> {

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Page faults in memory that a userfaultfd watches. Its handler, a program, is waited for, with a time
-//! limit: whoever wants the page comes again.
+//! Page faults of memory that `hmm_range_fault()` must not be asked to fault in. They are taken here first,
+//! one at a time.
 //!
-//! `hmm_range_fault()` cannot do that. It keeps the mmap lock, and without giving that up nobody may wait
-//! for a handler: the core fails such a fault. So the page is faulted in here first.
+//! - A userfaultfd watches it. Its handler, a program, is waited for, with a time limit: whoever wants the
+//!   page comes again. `hmm_range_fault()` keeps the mmap lock, and without giving that up nobody may wait
+//!   for a handler: the core fails such a fault.
+//! - It is of hugetlbfs: `hmm_range_fault()` would take its locks in the wrong order
+//!   (`docs/kernel-findings.md`, 8).
 //!
 //! Must not know who wants the page. Locks: the mmap lock, which is given up.
 //!
@@ -65,15 +68,16 @@ impl_has_hr_timer! {
 }
 
 impl Vma<'_> {
-    /// Whether a userfaultfd watches it.
-    pub(crate) fn has_userfaultfd(&self) -> bool {
+    /// Whether its pages are to be faulted in by [`fault_in`].
+    pub(crate) fn faults_by_itself(&self) -> bool {
         // SAFETY: A valid VMA.
-        unsafe { bindings::farfault_c_userfaultfd_armed(self.as_ptr()) }
+        let watched = unsafe { bindings::farfault_c_userfaultfd_armed(self.as_ptr()) };
+        watched || self.is_hugetlb()
     }
 }
 
 /// Faults one page in, for loads, or for stores too. `Ok(false)`: the handler was told, and has not
-/// answered within `limit`. `Ok(true)` says only that it may be worth to look again.
+/// answered within `limit`, or the page is locked. `Ok(true)` says only that it may be worth to look again.
 ///
 /// Fails with `EFAULT` and `EPERM` (not mapped so, or the handler says so), and `ENOMEM`.
 pub(crate) fn fault_in(
