@@ -47,12 +47,15 @@ const LINES_AFTER: usize = 40;
 /// The line that KASAN puts before and after a report.
 const KASAN_RULE: &str = "==================";
 
-/// A report of KASAN that is known to be about a bug of the kernel itself, named by what the bad access was called from.
+/// The line that ends a stack, and with it a report of lockdep.
+const STACK_END: &str = "</TASK>";
+
+/// A report of KASAN or lockdep that is known to be about a bug of the kernel itself, named by its stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KnownReport {
     /// What the report's first line contains.
     pub title: &'static str,
-    /// Functions of the access's stack, innermost first; others may be in between.
+    /// Functions of the stack, innermost first; others may be in between.
     pub frames: &'static [&'static str],
 }
 
@@ -62,7 +65,7 @@ impl KnownReport {
         let mut stack = report
             .iter()
             .skip_while(|line| !line.contains("Call Trace:"))
-            .take_while(|line| !line.contains("</TASK>"))
+            .take_while(|line| !line.contains(STACK_END))
             // What the kernel only found on the stack on its way.
             .filter(|line| !line.contains(" ? "));
         report.first().is_some_and(|line| line.contains(self.title))
@@ -100,14 +103,16 @@ impl Console {
     }
 
     /// The first splat since the last call, with its surroundings. A last line that is not complete yet waits for the
-    /// next call, so that no text is cut in two.
+    /// next call, so that no text is cut in two; likewise a report that may be a known one.
     pub(crate) fn new_splat(&mut self) -> Result<Option<String>> {
         let (text, _) = self.read_from(self.seen)?;
         let complete = text
             .rfind('\n')
             .map_or("", |end| text.get(..=end).unwrap_or_default());
-        self.seen += complete.len() as u64;
-        Ok(find_splat(complete, self.known))
+        let (splat, lines) = find_splat(complete, self.known);
+        let read = complete.split_inclusive('\n').take(lines).map(str::len);
+        self.seen += read.sum::<usize>() as u64;
+        Ok(splat)
     }
 
     fn read_from(&self, from: u64) -> Result<(String, u64)> {
@@ -132,41 +137,51 @@ impl Console {
     }
 }
 
-fn find_splat(text: &str, known: &[KnownReport]) -> Option<String> {
+/// The first splat, with its surroundings, and how many lines need not be looked at again.
+fn find_splat(text: &str, known: &[KnownReport]) -> (Option<String>, usize) {
     let lines: Vec<&str> = text.lines().collect();
+    let is_splat = |line: &&str| SPLATS.iter().any(|splat| line.contains(splat));
     let mut from = 0;
-    let first = loop {
-        let rest = lines.get(from..)?;
-        let first = from
-            + rest
-                .iter()
-                .position(|line| SPLATS.iter().any(|splat| line.contains(splat)))?;
+    while let Some(length) = lines.iter().skip(from).position(is_splat) {
+        let first = from + length;
+        let report = lines.get(first..).unwrap_or_default();
+        let resembles = |known: &KnownReport| {
+            let title = report.first();
+            title.is_some_and(|line| line.contains(known.title))
+        };
         if is_of_oom_killer(&lines, first) {
             from = first + 1;
             continue;
         }
-        let report = lines.get(first..)?;
-        let length = report.iter().position(|line| line.contains(KASAN_RULE));
-        match length.and_then(|length| report.get(..length)) {
-            Some(report) if known.iter().any(|known| known.is(report)) => {
+        if known.iter().any(resembles) {
+            let Some(report) = end_of_report(report).and_then(|end| report.get(..end)) else {
+                return (None, first);
+            };
+            if known.iter().any(|known| known.is(report)) {
                 progress::note(
                     "the kernel reports a bug of its own that is known (docs/kernel-findings.md)",
                 );
                 from = first + report.len();
+                continue;
             }
-            _ => break first,
         }
-    };
-    let around = lines
-        .iter()
-        .skip(first.saturating_sub(LINES_BEFORE))
-        .take(LINES_BEFORE + LINES_AFTER);
-    Some(
-        around
+        let around = lines
+            .iter()
+            .skip(first.saturating_sub(LINES_BEFORE))
+            .take(LINES_BEFORE + LINES_AFTER);
+        let around: Vec<_> = around
             .map(|line| format!("  | {}", line.trim_end()))
-            .collect::<Vec<_>>()
-            .join("\n"),
-    )
+            .collect();
+        return (Some(around.join("\n")), lines.len());
+    }
+    (None, lines.len())
+}
+
+/// How many lines a report has, if all of it is there.
+fn end_of_report(report: &[&str]) -> Option<usize> {
+    let of_kasan = report.first()?.contains("KASAN");
+    let end = if of_kasan { KASAN_RULE } else { STACK_END };
+    Some(report.iter().position(|line| line.contains(end))? + 1)
 }
 
 /// Whether the stack that begins in this line is the OOM killer's.
@@ -183,6 +198,10 @@ mod tests {
     use std::{fs, io::Write};
 
     use super::*;
+
+    fn find_splat(text: &str, known: &[KnownReport]) -> Option<String> {
+        super::find_splat(text, known).0
+    }
 
     #[test]
     fn find_splat_in_an_ordinary_boot_finds_nothing() {
@@ -270,6 +289,30 @@ mod tests {
             ),
         ] {
             assert!(find_splat(&report(title, &frames), KNOWN).is_some());
+        }
+    }
+
+    #[test]
+    fn new_splat_of_a_known_report_waits_for_all_of_it() {
+        const CIRCLE: &[KnownReport] = &[KnownReport {
+            title: "possible circular locking dependency",
+            frames: &["down_read", "remove"],
+        }];
+        let begin = "fine\n[ 1.0] WARNING: possible circular locking dependency detected\n\
+                     -> #0 (&lock){+}-{4:4}:\n       other+0x1/0x2\n";
+        let stack = "[ 1.0] Call Trace:\n[ 1.0]  <TASK>\n[ 1.0]  down_read+0x1/0x2\n";
+        for (last, is_known) in [("remove", true), ("insert", false)] {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            let mut console = Console::new(file.path().to_path_buf(), CIRCLE);
+            for part in [begin, stack] {
+                file.write_all(part.as_bytes()).unwrap();
+                assert_eq!(console.new_splat().unwrap(), None);
+            }
+            let end = format!("[ 1.0]  {last}+0x1/0x2\n[ 1.0]  </TASK>\n");
+            file.write_all(end.as_bytes()).unwrap();
+            assert_eq!(console.new_splat().unwrap().is_none(), is_known);
+            file.write_all(b"[ 2.0] WARNING: CPU: 0\n").unwrap();
+            assert!(console.new_splat().unwrap().unwrap().contains("CPU: 0"));
         }
     }
 
