@@ -253,7 +253,7 @@ impl OpenMirror {
         };
         match direct {
             Ok(()) => {}
-            Err(error) if error == ENOENT || error == EINTR => return Err(error),
+            Err(error) if error == ENOENT || error == ERESTARTNOHAND => return Err(error),
             Err(_) => self.report_by_window(command.pointer, range.clone())?,
         }
         command.copied = (range.len() >> PAGE_SHIFT) as u64;

@@ -21,7 +21,7 @@ use kernel::{
     page::PAGE_SIZE,
     prelude::*,
     sync::{poll::PollTable, Arc, ArcBorrow},
-    time::{msecs_to_jiffies, Jiffies},
+    time::{msecs_to_jiffies, Instant, Jiffies, Monotonic},
     uaccess::{UserPtr, UserSlice},
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -128,7 +128,15 @@ impl OpenFile {
         let mut wait: uapi::Wait = read_from_user(arg)?;
         let limit = u64::try_from(wait.timeout_ns).ok().map(to_jiffies);
         let alive = || self.gpu.ping();
-        let (fence, outcome) = self.space.jobs.wait(wait.fence, limit, alive)?;
+        let begun = Instant::<Monotonic>::now();
+        let waited = self.space.jobs.wait(wait.fence, limit, alive);
+        if matches!(waited, Err(error) if error == ERESTARTNOHAND) && wait.timeout_ns > 0 {
+            // The call begins anew where no handler ran.
+            let left = wait.timeout_ns - begun.elapsed().as_nanos();
+            wait.timeout_ns = left.max(0);
+            write_to_user(arg, &wait)?;
+        }
+        let (fence, outcome) = waited?;
         wait.fence = fence;
         wait.result = outcome.result;
         wait.fault_address = outcome.fault_address;

@@ -160,7 +160,8 @@ impl Jobs {
     }
 
     /// Waits for the job of `fence`, or for any if it is zero, and collects it. Without a `limit` it
-    /// waits for as long as `alive`, asked now and then, succeeds.
+    /// waits for as long as `alive`, asked now and then, succeeds. `ERESTARTNOHAND`: a signal came, or
+    /// only the freezer, or a debugger.
     pub(crate) fn wait(
         &self,
         fence: u64,
@@ -178,7 +179,7 @@ impl Jobs {
                 return Err(ETIMEDOUT);
             }
             let waited = match self.ended.wait_interruptible_timeout(&mut list, slice) {
-                CondVarTimeoutResult::Signal { .. } => return Err(EINTR),
+                CondVarTimeoutResult::Signal { .. } => return Err(ERESTARTNOHAND),
                 CondVarTimeoutResult::Woken { jiffies } => slice - jiffies.min(slice),
                 CondVarTimeoutResult::Timeout => {
                     drop(list);

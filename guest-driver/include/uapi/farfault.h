@@ -92,13 +92,18 @@ enum farfault_access {
  * while a job has ended that is not collected.
  *   ENOENT     no such job
  *   ETIMEDOUT  it has not ended in time; it goes on, and can be waited for again
- *   EINTR      a signal came first; likewise
+ *   EINTR      a signal with a handler came first; likewise. Other signals, and what stops a
+ *              process for a while, do not end the call
  * A WAIT that is under way when the device is unbound gets FARFAULT_JOB_DEVICE_LOST for its job;
  * calls after that fail with ENODEV.
  */
 struct farfault_wait {
 	__u64 fence;		/* in: the job; zero: any. out: the job */
-	__s64 timeout_ns;	/* in: from now; zero: look only; negative: no limit but the device's */
+	/*
+	 * In: from now; zero: look only; negative: no limit but the device's.
+	 * Out, after EINTR: what is left of it.
+	 */
+	__s64 timeout_ns;
 	__u64 result;		/* out: by kernel */
 	__u64 fault_address;	/* out: page that a failed job could not access */
 	__u32 status;		/* out: enum farfault_job_status */

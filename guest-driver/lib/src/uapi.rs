@@ -201,7 +201,8 @@ raw_enum! {
 pub struct Wait {
     /// In: the job; zero: any. Out: the job.
     pub fence: u64,
-    /// In: from now; zero: look only; negative: no limit but the device's.
+    /// In: from now; zero: look only; negative: no limit but the device's. Out, after `EINTR`: what is left
+    /// of it.
     pub timeout_ns: i64,
     /// Out: by kernel.
     pub result: u64,
@@ -219,7 +220,8 @@ assert_layout!(
 );
 
 /// Waits as a [`Wait`] says. The fence is forgotten then; after `ETIMEDOUT` or `EINTR` it is not, and
-/// the job goes on.
+/// the job goes on. `EINTR` is for signals that have a handler: others, and what stops a process for a
+/// while, do not end the call.
 pub const IOC_WAIT: u32 = iowr::<Wait>(0x02);
 
 /// Ends a job that was submitted and not collected.

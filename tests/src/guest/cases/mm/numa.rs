@@ -34,7 +34,7 @@ group! { "mm::numa", on Numa, seconds 120:
 }
 
 /// Runs on this CPU only, which is the one of the node of that number.
-fn on_cpu(cpu: usize) -> Result<()> {
+pub(super) fn on_cpu(cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu);
     Ok(sched_setaffinity(None, &set)?)
