@@ -12,9 +12,10 @@ pub enum Machine {
     Mirrors,
     /// As many as a VM has room for.
     EightGpus,
-    /// One GPU, [`DISK`] with an empty ext4, [`SWAP_DISK`] with nothing, and zram where the kernel has it.
+    /// One GPU, [`DISK`] with an empty ext4, [`SWAP_DISK`] with nothing, and zram and memory for CMA where the
+    /// kernel has them.
     Disk,
-    /// One GPU; two NUMA nodes of one CPU each, with `ZONE_MOVABLE` and memory for CMA.
+    /// One GPU; two NUMA nodes of one CPU each, with `ZONE_MOVABLE`.
     Numa,
     /// One GPU with a node of `dmirror=1`, and a free slot for another.
     HotPlug,

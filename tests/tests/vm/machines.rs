@@ -59,8 +59,11 @@ pub(crate) fn parameters(machine: Machine, slowness: u32) -> Vec<String> {
     }
 }
 
-/// Half of the second node is for what can be moved, and there is memory for CMA, of which one allocation is enough.
-const NUMA_ARGUMENTS: [&str; 2] = ["movablecore=256M", "cma=64M"];
+/// A part of each node is for what can be moved.
+const NUMA_ARGUMENT: &str = "movablecore=256M";
+
+/// Pages that can be moved are put there first as long as there is more of it than of other free memory.
+const CMA_ARGUMENT: &str = "cma=576M";
 
 /// `docs/kernel-findings.md`, 9: no driver has a part in it.
 const KNOWN_WITH_HOT_UNPLUG: &[KnownReport] = &[KnownReport {
@@ -143,10 +146,13 @@ impl Machines {
             | Machine::Mirrors
             | Machine::EightGpus
             | Machine::Dying => {}
-            Machine::Disk => config.disks = true,
+            Machine::Disk => {
+                config.disks = true;
+                config.kernel_args = vec![CMA_ARGUMENT.to_owned()];
+            }
             Machine::Numa => {
                 config.numa_nodes = 2;
-                config.kernel_args = NUMA_ARGUMENTS.map(str::to_owned).to_vec();
+                config.kernel_args = vec![NUMA_ARGUMENT.to_owned()];
             }
             Machine::HotPlug => {
                 config.spare_slots = 1;

@@ -4,6 +4,7 @@
 
 mod access;
 mod cgroup;
+mod cma;
 mod compaction;
 mod direct;
 mod files;
@@ -54,6 +55,7 @@ pub(super) const GROUPS: &[&[Case]] = &[
     writeback::CASES,
     numa::CASES,
     zones::CASES,
+    cma::CASES,
     direct::CASES,
     reclaim::CASES,
 ];

@@ -33,7 +33,7 @@ group! { "mm::numa", on Numa, seconds 120:
     hinting_faults_on_mirrored_pages_are_served_for_cpu_and_gpu,
 }
 
-/// Runs on this CPU only, which is the one of the node of that number.
+/// Runs on this CPU only, which on this machine is the one of the node of that number.
 pub(super) fn on_cpu(cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu);

@@ -35,8 +35,13 @@ fn io_uring() -> bool {
     supported
 }
 
-/// Pins a region's pages for long, and looks at what that means for the GPU.
-fn pin_out_of(gpu: &Gpu, region: Region, inside: impl Fn(Region) -> Result<usize>) -> Result<()> {
+/// Pins a region's pages for long, which takes them out of memory where they may not be then, and looks at
+/// what that means for the GPU.
+pub(super) fn pin_out_of(
+    gpu: &Gpu,
+    region: Region,
+    inside: impl Fn(Region) -> Result<usize>,
+) -> Result<()> {
     let before = frames(region)?;
     let pinned = PinnedBuffer::new(region)?;
     ensure_place(gpu, region, Place::Ram)?;
