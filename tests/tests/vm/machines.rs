@@ -212,10 +212,13 @@ impl Machines {
             (Err(error), Ok(())) | (Ok(()), Err(error)) => return Err(error),
             (Err(error), Err(check)) => bail!("{error:?}\n{check:?}"),
         }
-        if after == After::Keep {
-            inside::ensure_nothing_left(&mut vm, machine.gpus())?;
-            vm.check().context("after the case")?;
-            state.running = Some((machine, vm));
+        match after {
+            After::Keep => {
+                inside::ensure_nothing_left(&mut vm, machine.gpus())?;
+                vm.check().context("after the case")?;
+                state.running = Some((machine, vm));
+            }
+            After::GiveUp => vm.give_up(),
         }
         Ok(())
     }
