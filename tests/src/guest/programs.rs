@@ -135,6 +135,10 @@ pub(super) const PROGRAMS: &[Program] = &[
         run: stages::at_stage,
     },
     Program {
+        name: stages::HOLD_RAM,
+        run: stages::hold_ram,
+    },
+    Program {
         name: stages::WAIT_FOR_SECOND,
         run: stages::wait_for_second,
     },

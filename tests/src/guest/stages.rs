@@ -10,7 +10,7 @@ use super::{
     call::{self, Job},
     oracle,
     place::move_all,
-    programs::{READY, SEED, say, wait_for_a_line, written},
+    programs::{DONE, READY, SEED, say, wait_for_a_line, written},
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
@@ -157,6 +157,18 @@ pub(super) fn wait_for_second(_: &[String]) -> Result<()> {
     oracle::check(page, SEED, 0)?;
     oracle::check(large, SEED, 0)?;
     say(FINE);
+    Ok(())
+}
+
+/// Takes RAM that others have just given back, and sees that nobody writes to it.
+pub const HOLD_RAM: &str = "hold-ram";
+
+pub(super) fn hold_ram(_: &[String]) -> Result<()> {
+    let region = written(VRAM as usize, Backing::Small)?;
+    say(READY);
+    wait_for_a_line()?;
+    oracle::check(region, SEED, 0)?;
+    say(DONE);
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
     DYING_LIMIT, Machine,
     programs::{DONE, HOLD_OPEN, READY},
-    stages::{ACTING, AT_STAGE, FINE, LOST, Stage, WAIT_FOR_SECOND},
+    stages::{ACTING, AT_STAGE, FINE, HOLD_RAM, LOST, Stage, WAIT_FOR_SECOND},
 };
 use std::{
     thread,
@@ -153,7 +153,12 @@ fn lost_at(vm: &mut Vm, machines: &Machines, end: End, stage: Stage) -> Result<(
     let output = process.wait(limit)?;
     ensure!(output.signal == Some(SIGBUS), "it ended so: {output:?}");
     if end == End::Stopped {
+        // It still does what it was asked to: the RAM for that is nobody else's meanwhile.
+        let other = start(vm, machines, HOLD_RAM, READY)?;
         vm.continue_device(gpu)?;
+        thread::sleep(machines.limit(MOMENT));
+        let output = go_on(other, machines, COMMAND)?;
+        ensure!(output.stdout_text().contains(DONE), "{output:?}");
     }
     let said = vm.console()?;
     ensure_one_error(said.get(console..).context("the console shrank")?)?;
