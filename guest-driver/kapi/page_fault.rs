@@ -4,7 +4,7 @@
 //!
 //! - A userfaultfd watches it. Its handler, a program, is waited for, with a time limit: whoever wants the
 //!   page comes again. `hmm_range_fault()` keeps the mmap lock, and without giving that up nobody may wait
-//!   for a handler: the core fails such a fault.
+//!   for a handler: the core fails such a fault. So does `make_device_exclusive()`.
 //! - It is of hugetlbfs: `hmm_range_fault()` would take its locks in the wrong order
 //!   (`docs/kernel-findings.md`, 8).
 //!
@@ -68,11 +68,15 @@ impl_has_hr_timer! {
 }
 
 impl Vma<'_> {
+    /// Whether a userfaultfd watches it.
+    pub(crate) fn has_userfaultfd(&self) -> bool {
+        // SAFETY: A valid VMA.
+        unsafe { bindings::farfault_c_userfaultfd_armed(self.as_ptr()) }
+    }
+
     /// Whether its pages are to be faulted in by [`fault_in`].
     pub(crate) fn faults_by_itself(&self) -> bool {
-        // SAFETY: A valid VMA.
-        let watched = unsafe { bindings::farfault_c_userfaultfd_armed(self.as_ptr()) };
-        watched || self.is_hugetlb()
+        self.has_userfaultfd() || self.is_hugetlb()
     }
 }
 

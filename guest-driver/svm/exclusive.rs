@@ -22,7 +22,8 @@ impl Space {
     /// Takes the pages of a range from the CPU, on request; those in VRAM come home first.
     ///
     /// `EFAULT`: not mapped, or not for stores. `EOPNOTSUPP`: not anonymous. `EBUSY`: it kept
-    /// changing. What is before the page that failed is the GPU's.
+    /// changing, or the handler of a userfaultfd does not answer. Otherwise what is before the page that
+    /// failed is the GPU's.
     pub(crate) fn make_exclusive(&self, range: Range<usize>) -> Result {
         let mm = self.mm()?;
         let mut at = range.start;
@@ -115,15 +116,18 @@ impl Space {
             if !(0..BLOCK_PAGES).any(wanted) {
                 return stopped.map_or(Ok(()), Err);
             }
-            let mut supplies = self.supplies(region)?;
-            if attempt != 0 {
+            if attempt != 0 || is_watched(mm, range.clone()) {
                 // The pages were not there, or not for stores, and the taking saw to that, which is a
-                // change. Now it finds them so.
+                // change. Now it finds them so. For the handler of a userfaultfd it would not wait.
                 let mut missing = PageSet::EMPTY;
                 let indexes = (0..BLOCK_PAGES).filter(|&index| wanted(index));
                 indexes.for_each(|index| missing.insert(index));
-                let _ = self.fault_in(service, mm, region, &missing, true);
+                let faulted = self.fault_in(service, mm, region, &missing, true);
+                if faulted.is_err_and(|error| error == EAGAIN) {
+                    continue;
+                }
             }
+            let mut supplies = self.supplies(region)?;
             let lock = MmapLock::read(mm);
             let taken = self
                 .mirror
@@ -172,4 +176,17 @@ impl Space {
         }
         Err(EBUSY)
     }
+}
+
+/// Whether a userfaultfd watches any of a range.
+fn is_watched(mm: &MmWithUser, range: Range<usize>) -> bool {
+    let lock = MmapLock::read(mm);
+    let mut at = range.start;
+    while let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < range.end) {
+        if vma.has_userfaultfd() {
+            return true;
+        }
+        at = vma.end();
+    }
+    false
 }

@@ -236,11 +236,11 @@ struct farfault_stats {
  * Only private anonymous memory can be taken, with what a private mapping of a file has of its own.
  * For atomics on other memory in RAM the GPU and the CPU share the page, and their atomics are
  * atomic towards each other.
- *   EFAULT      part of the range is not mapped, or may not be written, or waits for the handler of a
- *               userfaultfd
+ *   EFAULT      part of the range is not mapped, or may not be written
  *   EOPNOTSUPP  part of the range is of another kind: a shared mapping, hugetlbfs
  *   ENOMEM      no memory to bring pages home, or for pages that were never touched
- *   EBUSY       pages of the range kept changing
+ *   EBUSY       pages of the range kept changing, or the handler of a userfaultfd has not answered
+ *               for a while
  *   EINTR       the process is being killed
  * After an error, some pages of the range may have been taken or have come home. Those that may not
  * be written keep their content and their mapping.

@@ -187,9 +187,9 @@ fn missing_pages_are_not_the_gpus_alone_until_the_handler_gives_them() -> Result
         address: region.address(),
         length: region.length() as u64,
     };
-    // mm waits for nobody there.
+    // It waits for the handler, for a while.
     let refused = call::call(&gpu, exclusive);
-    ensure!(refused.is_err_and(|error| error == Errno::FAULT));
+    ensure!(refused.is_err_and(|error| error == Errno::BUSY));
     ensure_place(&gpu, region, Place::None)?;
     userfault.copy(region.address(), source)?;
     call::call(&gpu, exclusive)?;
