@@ -428,6 +428,7 @@ impl<'a> Collected<'a> {
         if kind == Kind::DeviceRange {
             // SAFETY: Collected by `migrate_device_range()`; destinations are locked.
             unsafe { bindings::migrate_device_pages(args.src, args.dst, args.npages) };
+            self.drop_uncharged();
         } else {
             // SAFETY: Collected by `migrate_vma_setup()`; destinations are locked.
             unsafe { bindings::migrate_vma_pages(args) };
@@ -435,6 +436,30 @@ impl<'a> Collected<'a> {
         // SAFETY: `self` is forgotten without running its drop, so `raw` has one owner.
         let raw = unsafe { ptr::read(&core::mem::ManuallyDrop::new(self).raw) };
         Migrated { raw }
+    }
+
+    /// Frees what has moved and is not charged to a memory cgroup all the same, with the page that it was:
+    /// nobody maps it, and the core would look for its LRU list for ever (`docs/kernel-findings.md`, 5).
+    fn drop_uncharged(&mut self) {
+        for index in 0..self.raw.args.npages {
+            let (src, dst) = (self.raw.src()[index], self.raw.dst()[index]);
+            if src & (VALID | MIGRATE) != VALID | MIGRATE || dst & VALID == 0 {
+                continue;
+            }
+            // SAFETY: By the invariant of `Raw` both are locked and referenced by this migration.
+            let charged = unsafe {
+                let page = bindings::farfault_c_pfn_to_page(dst >> SHIFT);
+                bindings::farfault_c_folio_is_charged(bindings::farfault_c_page_folio(page))
+            };
+            if charged {
+                continue;
+            }
+            self.clear(index);
+            // It is given back in the same way.
+            self.raw.src_mut()[index] = 0;
+            self.raw.dst_mut()[index] = src;
+            self.clear(index);
+        }
     }
 
     /// Whether a folio of `order` may be the destination of page `index`.
