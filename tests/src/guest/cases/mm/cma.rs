@@ -2,11 +2,11 @@
 //! Memory that is set aside for contiguous allocations (CMA). Until one comes, the kernel lends it for pages that
 //! can move; a pin for long takes them out, also those that the GPU has or had.
 
-use super::{frames::frames, numa::on_cpu, start::each_start, zones::pin_out_of};
+use super::{frames::frames, numa::on_cpu, pins::io_uring, start::each_start, zones::pin_out_of};
 use crate::guest::{place::count, skip};
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
-use farfault::{PAGE_SIZE, Place, ring::PinnedBuffer, stage::Advice};
+use farfault::{PAGE_SIZE, Place, stage::Advice};
 use std::{ops::Range, process::Command};
 
 group! { "mm::cma", on Disk, seconds 120:
@@ -36,8 +36,7 @@ fn longterm_pin_takes_pages_that_the_gpu_had_out_of_cma() -> Result<()> {
         skip("the kernel sets no memory aside for CMA");
         return Ok(());
     };
-    if !PinnedBuffer::is_supported() {
-        skip("the kernel has no io_uring");
+    if !io_uring() {
         return Ok(());
     }
     let inside = |region: Region| -> Result<usize> {

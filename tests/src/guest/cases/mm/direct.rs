@@ -3,6 +3,7 @@
 //! pages of the process past the page cache. Pages in VRAM come home for it.
 
 use super::{
+    pins::io_uring,
     start::{SEED, each_start, ensure_sum, exercise, exercise_all, while_adding},
     storage::Ext4,
     writeback::{ensure_file, seeded, words},
@@ -87,8 +88,7 @@ fn o_direct_write_while_the_gpu_writes_has_old_or_new_words() -> Result<()> {
 }
 
 fn fixed_buffers_with_o_direct_write_what_the_gpu_wrote() -> Result<()> {
-    if !PinnedBuffer::is_supported() {
-        crate::guest::skip("the kernel has no io_uring");
+    if !io_uring() {
         return Ok(());
     }
     each(|gpu, region, ext4| {
@@ -109,8 +109,7 @@ fn fixed_buffers_with_o_direct_write_what_the_gpu_wrote() -> Result<()> {
 }
 
 fn fixed_buffers_with_o_direct_read_what_the_gpu_sees() -> Result<()> {
-    if !PinnedBuffer::is_supported() {
-        crate::guest::skip("the kernel has no io_uring");
+    if !io_uring() {
         return Ok(());
     }
     each(|gpu, region, ext4| {

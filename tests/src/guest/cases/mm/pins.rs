@@ -37,7 +37,8 @@ group! { "mm::pins", gpus 1, seconds 60:
     gup_test_longterm_pins_stay_and_show_what_the_gpu_writes,
 }
 
-fn io_uring() -> bool {
+/// Whether the kernel has io_uring; if not, the case is skipped.
+pub(super) fn io_uring() -> bool {
     let supported = PinnedBuffer::is_supported();
     if !supported {
         crate::guest::skip("the kernel has no io_uring");

@@ -6,14 +6,13 @@
 use super::{
     frames::{count_movable, frames},
     numa::on_cpu,
-    pins::GupTest,
+    pins::{GupTest, io_uring},
     start::{SEED, STARTS, each_start, ensure_sum, eventually, exercise, exercise_all},
 };
 use crate::guest::{
     call::Job,
     oracle,
     place::{count, ensure_place, migrate, move_all},
-    skip,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::Region;
@@ -25,14 +24,6 @@ group! { "mm::zones", on Numa, seconds 120:
     longterm_pin_takes_pages_that_the_gpu_had_out_of_the_movable_zone,
     gup_test_longterm_pin_takes_pages_that_the_gpu_had_out_of_the_movable_zone,
     pins_do_not_keep_the_gpu_from_being_unbound,
-}
-
-fn io_uring() -> bool {
-    let supported = PinnedBuffer::is_supported();
-    if !supported {
-        skip("the kernel has no io_uring");
-    }
-    supported
 }
 
 /// Pins a region's pages for long, which takes them out of memory where they may not be then, and looks at
