@@ -6,8 +6,9 @@
 //! put everything right when they are dropped, in whatever state they are: what has no destination
 //! or could not move stays where it was. The caller copies between the two steps.
 //!
-//! The core asks for care where one 2 MiB source gets 4 KiB destinations. [`Collected::pages`]
-//! withdraws destinations with which the core would fail, or worse.
+//! A huge page that was collected as one takes one destination of its size. The core would take small
+//! ones, too, and split it then, but forgets who else maps it (`docs/kernel-findings.md`, 10); what is to
+//! move in small pages is split before ([`Huge::Split`]).
 //!
 //! Must not know what moves or why. Locks: the mmap lock (in the [`Vma`] or [`Fault`]) but for
 //! [`Collected::device_range`].
@@ -15,7 +16,7 @@
 //! C header: `include/linux/migrate.h`.
 
 use super::{
-    folio::{DeviceFolio, Pfn, SystemFolio, PMD_ORDER, PMD_PAGES},
+    folio::{DeviceFolio, Pfn, SystemFolio, PMD_ORDER},
     mm::Vma,
     pagemap::{DevicePagemap, Fault, Owner, PagemapOps},
 };
@@ -111,6 +112,15 @@ pub(crate) struct Entry {
     pub(crate) source: Source,
 }
 
+/// How huge pages are collected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Huge {
+    /// As one.
+    Whole,
+    /// In small pages: the core splits them first, for all who map them.
+    Split,
+}
+
 /// How the pages were found, and how to finish.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -144,6 +154,7 @@ impl<'a> Raw<'a> {
         vma: Vma<'a>,
         range: Range<usize>,
         owner: Owner,
+        huge: Huge,
         fault_page: *mut bindings::page,
     ) -> Result<Self> {
         let len = range.end.checked_sub(range.start).ok_or(EINVAL)?;
@@ -156,8 +167,10 @@ impl<'a> Raw<'a> {
         } else {
             SELECT_DEVICE
         };
-        // Where a single page is wanted of a larger folio, the core is to split it.
-        let compound = if len > PAGE_SIZE { SELECT_COMPOUND } else { 0 };
+        let compound = match huge {
+            Huge::Whole => SELECT_COMPOUND,
+            Huge::Split => 0,
+        };
         let mut args = bindings::migrate_vma {
             vma: vma.as_ptr(),
             start: range.start,
@@ -237,8 +250,10 @@ impl<'a> Collected<'a> {
         vma: Vma<'a>,
         range: Range<usize>,
         owner: Owner,
+        huge: Huge,
     ) -> Result<Self> {
-        let mut collected = Self::vma(Kind::SystemToDevice, vma, range, owner, ptr::null_mut())?;
+        let none = ptr::null_mut();
+        let mut collected = Self::vma(Kind::SystemToDevice, vma, range, owner, huge, none)?;
         collected.raw.src_mut().iter_mut().for_each(leave_if_ksm);
         Ok(collected)
     }
@@ -249,14 +264,22 @@ impl<'a> Collected<'a> {
         vma: Vma<'a>,
         range: Range<usize>,
         owner: Owner,
+        huge: Huge,
     ) -> Result<Self> {
-        Self::vma(Kind::DeviceToSystem, vma, range, owner, ptr::null_mut())
+        let none = ptr::null_mut();
+        Self::vma(Kind::DeviceToSystem, vma, range, owner, huge, none)
     }
 
     /// Like [`Collected::device_to_system`], for `migrate_to_ram`: the page of `fault` is among
     /// them, though the core holds its lock.
     pub(crate) fn fault(fault: &'a Fault<'_>, range: Range<usize>, owner: Owner) -> Result<Self> {
-        Self::vma(Kind::Fault, fault.vma(), range, owner, fault.page())
+        // Where a single page is wanted of a larger folio, the core is to split it.
+        let huge = if range.len() > PAGE_SIZE {
+            Huge::Whole
+        } else {
+            Huge::Split
+        };
+        Self::vma(Kind::Fault, fault.vma(), range, owner, huge, fault.page())
     }
 
     fn vma(
@@ -264,10 +287,11 @@ impl<'a> Collected<'a> {
         vma: Vma<'a>,
         range: Range<usize>,
         owner: Owner,
+        huge: Huge,
         fault_page: *mut bindings::page,
     ) -> Result<Self> {
         Ok(Self {
-            raw: Raw::new(kind, vma, range, owner, fault_page)?,
+            raw: Raw::new(kind, vma, range, owner, huge, fault_page)?,
             committed: false,
         })
     }
@@ -345,7 +369,7 @@ impl<'a> Collected<'a> {
             unsafe {
                 bindings::farfault_c_vma_alloc_folio(
                     order,
-                    !self.can_split(),
+                    self.raw.kind == Kind::Fault,
                     self.raw.args.vma,
                     self.raw.address(index),
                 )
@@ -421,7 +445,6 @@ impl<'a> Collected<'a> {
 
     /// Moves what has a destination. The copies must be complete, and seen by the CPUs.
     pub(crate) fn pages(mut self) -> Migrated<'a> {
-        self.withdraw_impossible();
         self.committed = true;
         let kind = self.raw.kind;
         let args = self.raw.args();
@@ -471,34 +494,13 @@ impl<'a> Collected<'a> {
         if dst != 0 {
             return false;
         }
-        if order != 0 {
-            return entry & MIGRATE != 0 && order_of(entry) == order;
-        }
-        if entry & MIGRATE != 0 {
-            return true;
-        }
-        // One page of a huge entry that is to be split.
-        self.huge_head(index).is_some_and(|head| {
-            src[head] & MIGRATE != 0 && self.raw.dst()[head] & COMPOUND == 0 && self.can_split()
-        })
+        entry & MIGRATE != 0 && (order_of(entry) == order || (order == 0 && self.only_splits()))
     }
 
-    /// The huge entry that page `index` is in, if any. Huge entries are aligned by address.
-    fn huge_head(&self, index: usize) -> Option<usize> {
-        let first = self.raw.args.start >> PAGE_SHIFT;
-        let head = ((first + index) & !(PMD_PAGES - 1)).checked_sub(first)?;
-        let entry = *self.raw.src().get(head)?;
-        (order_of(entry) == PMD_ORDER).then_some(head)
-    }
-
-    /// Whether all that becomes of a huge entry with small destinations is that its entry is split.
+    /// Whether a small destination is all right for a huge page: all that becomes of it is that its entry
+    /// is split.
     pub(crate) fn only_splits(&self) -> bool {
         self.raw.kind == Kind::Fault
-    }
-
-    /// Whether the core can split what is huge.
-    fn can_split(&self) -> bool {
-        matches!(self.raw.kind, Kind::SystemToDevice | Kind::DeviceToSystem)
     }
 
     /// # Safety
@@ -511,25 +513,6 @@ impl<'a> Collected<'a> {
         let compound = if order == 0 { 0 } else { COMPOUND };
         // INVARIANT: Locked and referenced by the function's contract.
         self.raw.dst_mut()[index] = (pfn << SHIFT) | VALID | compound;
-    }
-
-    /// Takes back the small destinations of huge entries that the core cannot split: it would
-    /// follow a null pointer where a hole is not filled altogether, and leave an entry alone whose
-    /// first page has none.
-    fn withdraw_impossible(&mut self) {
-        let npages = self.raw.args.npages;
-        for head in 0..npages {
-            let (src, dst) = (self.raw.src()[head], self.raw.dst()[head]);
-            if src & MIGRATE == 0 || order_of(src) != PMD_ORDER || dst & COMPOUND != 0 {
-                continue;
-            }
-            let block = head..npages.min(head + PMD_PAGES);
-            let missing = self.raw.dst()[block.clone()].iter().any(|dst| *dst == 0);
-            let possible = if src & VALID == 0 { !missing } else { dst != 0 };
-            if !possible || self.raw.kind == Kind::DeviceRange {
-                block.for_each(|index| self.clear(index));
-            }
-        }
     }
 }
 

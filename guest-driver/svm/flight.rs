@@ -8,7 +8,7 @@ use super::residence::Pagemap;
 use crate::{
     gpu::Gpu,
     kapi::{
-        folio::{PMD_ORDER, PMD_PAGES, PMD_SIZE},
+        folio::{PMD_ORDER, PMD_PAGES},
         migrate::{Collected, Entry, Migrated, Source},
     },
     queue::CopyList,
@@ -18,10 +18,7 @@ use farfault_protocol::{
     address::{SystemAddr, VramAddr},
     submit::{CopyAperture, CopyRun},
 };
-use kernel::{
-    page::{PAGE_SHIFT, PAGE_SIZE},
-    prelude::*,
-};
+use kernel::{page::PAGE_SIZE, prelude::*};
 
 /// Pages on their way.
 pub(super) struct Flight<'a> {
@@ -31,6 +28,18 @@ pub(super) struct Flight<'a> {
     copies: CopyList<'a>,
     /// To RAM.
     home: bool,
+    /// A huge page found no room as one.
+    left_huge: bool,
+}
+
+/// What a collected entry was given in RAM.
+enum Given {
+    /// All that it needs.
+    All,
+    /// Not all, for want of memory.
+    Short,
+    /// Nothing: it is huge, and has to be split first.
+    LeftHuge,
 }
 
 impl<'a> Flight<'a> {
@@ -50,7 +59,8 @@ impl<'a> Flight<'a> {
         while let Some(entry) = collected.next_entry(index) {
             index = entry.index + (1 << entry.order);
             let copies = &mut flight.copies;
-            give_vram(map, collected, entry, room, fails(), copies, &mut placed)?;
+            flight.left_huge |=
+                !give_vram(map, collected, entry, room, fails(), copies, &mut placed)?;
         }
         gpu.vram.put_at(placed.into_iter());
         gpu.start_copy(&mut flight.copies)?;
@@ -78,7 +88,11 @@ impl<'a> Flight<'a> {
             if let Some(page) = map.lookup(pfn).map(VramPage::from).filter(|&p| wanted(p)) {
                 let failed = |page| gpu.vram.has_failed(page);
                 let copies = &mut flight.copies;
-                short |= !give_ram(collected, entry, page, failed, &fails, copies)?;
+                match give_ram(collected, entry, page, failed, &fails, copies)? {
+                    Given::All => {}
+                    Given::Short => short = true,
+                    Given::LeftHuge => flight.left_huge = true,
+                }
             }
         }
         if short && flight.copies.is_empty() {
@@ -94,7 +108,16 @@ impl<'a> Flight<'a> {
             collected: Some(collected),
             copies: gpu.copy_list(),
             home,
+            left_huge: false,
         }
+    }
+
+    /// Whether a huge page was left where it is that may go in small ones: once this flight has landed,
+    /// collected with [`Huge::Split`].
+    ///
+    /// [`Huge::Split`]: crate::kapi::migrate::Huge::Split
+    pub(super) fn left_huge(&self) -> bool {
+        self.left_huge
     }
 
     /// Waits for the copies, and lets mm switch over to them.
@@ -132,7 +155,8 @@ impl Drop for Flight<'_> {
     }
 }
 
-/// Gives one collected entry destinations in VRAM, as far as there is room, and lists the copies.
+/// Gives one collected entry a destination in VRAM, if there is room, and lists the copy. `false`: it is
+/// huge, there is no room for it as one, but for as many small pages.
 fn give_vram(
     map: &Pagemap,
     collected: &mut Collected<'_>,
@@ -141,46 +165,35 @@ fn give_vram(
     fails: bool,
     copies: &mut CopyList<'_>,
     placed: &mut KVec<(VramPage, u32, usize)>,
-) -> Result {
+) -> Result<bool> {
     let address = collected.address(entry.index);
     let source = match entry.source {
         Source::Page(pfn) => Some(pfn.phys()),
         Source::Hole => None,
     };
-    let run = |to: VramAddr, offset: u64, bytes: usize| match source {
-        Some(from) => CopyRun::upload(SystemAddr::new(from + offset), to, bytes as u32),
-        None => CopyRun::fill(0, to, bytes as u32),
+    let page = match entry.order {
+        PMD_ORDER if fails => None,
+        PMD_ORDER => room.block(),
+        _ if fails => return Ok(true),
+        _ => room.page(),
     };
-    if fails && entry.order == 0 {
-        return Ok(());
+    let Some(page) = page else {
+        // Part of a huge page would split it for little.
+        return Ok(entry.order == 0 || room.len() < PMD_PAGES);
+    };
+    let folio = map.init_folio(page.into(), entry.order)?;
+    placed.push((page, entry.order, address), GFP_KERNEL)?;
+    if collected.set_device(entry.index, folio).is_ok() {
+        let (to, bytes) = (page.address(), (PAGE_SIZE << entry.order) as u32);
+        copies.push(match source {
+            Some(from) => CopyRun::upload(SystemAddr::new(from), to, bytes),
+            None => CopyRun::fill(0, to, bytes),
+        })?;
     }
-    if entry.order == PMD_ORDER {
-        if let Some(block) = (!fails).then(|| room.block()).flatten() {
-            let folio = map.init_folio(block.into(), PMD_ORDER)?;
-            placed.push((block, PMD_ORDER, address), GFP_KERNEL)?;
-            if collected.set_device(entry.index, folio).is_ok() {
-                copies.push(run(block.address(), 0, PMD_SIZE))?;
-            }
-            return Ok(());
-        }
-        if room.len() < PMD_PAGES {
-            // Part of a huge page would split it for little.
-            return Ok(());
-        }
-    }
-    for i in 0..1usize << entry.order {
-        let Some(page) = room.page() else { break };
-        let folio = map.init_folio(page.into(), 0)?;
-        placed.push((page, 0, address + (i << PAGE_SHIFT)), GFP_KERNEL)?;
-        if collected.set_device(entry.index + i, folio).is_ok() {
-            copies.push(run(page.address(), (i << PAGE_SHIFT) as u64, PAGE_SIZE))?;
-        }
-    }
-    Ok(())
+    Ok(true)
 }
 
-/// Gives one collected entry destinations in RAM, and lists the copies. Returns whether there was
-/// memory for all of it. Pages that have failed stay.
+/// Gives one collected entry a destination in RAM, and lists the copy. Pages that have failed stay.
 fn give_ram(
     collected: &mut Collected<'_>,
     entry: Entry,
@@ -188,49 +201,50 @@ fn give_ram(
     failed: impl Fn(VramPage) -> bool,
     fails: &impl Fn() -> bool,
     copies: &mut CopyList<'_>,
-) -> Result<bool> {
-    let nth = |n: usize| VramPage(page.0 + n as u32);
-    let mut order = entry.order;
-    if (0..1 << order).any(|n| failed(nth(n))) {
-        // Around them, page by page.
-        order = 0;
+) -> Result<Given> {
+    let nth = |n: u32| VramPage(page.0 + n);
+    let is_huge = entry.order != 0;
+    let bad = (0..1 << entry.order).any(|n| failed(nth(n)));
+    if bad && !is_huge {
+        return Ok(Given::All);
     }
-    let mut done = 0;
-    while done < 1 << entry.order {
-        let bad = order == 0 && failed(nth(done));
-        let is_head = done == 0 && entry.order != 0;
-        if bad && !(is_head && collected.only_splits()) {
-            done += 1;
-            continue;
-        }
-        let no_memory = fails();
-        if no_memory && order == 0 {
-            return Err(ENOMEM);
-        }
-        let folio = (!no_memory).then(|| collected.alloc_folio(entry.index + done, order));
-        let Some(folio) = folio.flatten() else {
-            if order == 0 {
-                return Ok(false);
-            }
-            order = 0;
-            continue;
-        };
-        let from = nth(done).address();
+    let no_memory = !bad && fails();
+    if no_memory && !is_huge {
+        return Err(ENOMEM);
+    }
+    // Around pages that have failed, and where memory is in pieces, it goes in small ones.
+    let folio = if bad || no_memory {
+        None
+    } else {
+        collected.alloc_folio(entry.index, entry.order)
+    };
+    if let Some(folio) = folio {
         let to = SystemAddr::new(folio.phys());
-        if collected.set_system(entry.index + done, folio).is_err() {
-            // mm takes this one as a whole only, and there was no memory for that.
-            return Ok(false);
+        if collected.set_system(entry.index, folio).is_ok() {
+            let bytes = (PAGE_SIZE << entry.order) as u32;
+            copies.push(CopyRun::download(page.address(), to, bytes))?;
         }
-        let copy = if bad {
-            // It is there for the split, and goes nowhere.
+        return Ok(Given::All);
+    }
+    if !is_huge {
+        return Ok(Given::Short);
+    }
+    if !collected.only_splits() {
+        return Ok(Given::LeftHuge);
+    }
+    let Some(folio) = collected.alloc_folio(entry.index, 0) else {
+        return Ok(Given::Short);
+    };
+    let to = SystemAddr::new(folio.phys());
+    if collected.set_system(entry.index, folio).is_ok() {
+        // It is there for the split, and goes nowhere.
+        copies.push(if failed(page) {
             zeroes(to)
         } else {
-            CopyRun::download(from, to, (PAGE_SIZE << order) as u32)
-        };
-        copies.push(copy)?;
-        done += 1 << order;
+            CopyRun::download(page.address(), to, PAGE_SIZE as u32)
+        })?;
     }
-    Ok(true)
+    Ok(Given::All)
 }
 
 /// Zeroes over one page of RAM.

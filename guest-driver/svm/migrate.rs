@@ -12,7 +12,7 @@
 use super::{flight::Flight, page_table::PageSet, Service, Space, REGION_BYTES};
 use crate::{
     kapi::{
-        migrate::{Collected, Migrated},
+        migrate::{Collected, Huge, Migrated},
         mm::{MmapLock, Vma},
         signal::fatal_signal_pending,
         trace::{self, Cause, Direction},
@@ -282,12 +282,15 @@ impl Space {
             if !(movable && vma.is_readable() && vma.can_migrate()) {
                 return Ok(true);
             }
-            let batch = Batch::begin(part);
-            let collected = Collected::system_to_device(vma, batch.range.clone(), map.owner())?;
-            let fails = || self.takes_failure();
-            let next = Flight::to_vram(&self.gpu, &map, collected, &mut room, fails)?;
-            if let Some(oldest) = flights.send((next, batch)) {
-                land(oldest)?;
+            for huge in [Huge::Whole, Huge::Split] {
+                let batch = Batch::begin(part.clone());
+                let range = batch.range.clone();
+                let collected = Collected::system_to_device(vma, range, map.owner(), huge)?;
+                let fails = || self.takes_failure();
+                let next = Flight::to_vram(&self.gpu, &map, collected, &mut room, fails)?;
+                if !flights.send_or_land((next, batch), &mut land)? {
+                    break;
+                }
             }
             Ok(true)
         };
@@ -355,12 +358,15 @@ impl Space {
             if !vma.can_migrate() {
                 return Ok(true);
             }
-            let batch = Batch::begin(part);
-            let collected = Collected::device_to_system(vma, batch.range.clone(), map.owner())?;
-            let fails = || self.takes_failure();
-            let next = Flight::home(&self.gpu, &map, collected, &wanted, fails)?;
-            if let Some(oldest) = flights.send((next, batch)) {
-                land(oldest)?;
+            for huge in [Huge::Whole, Huge::Split] {
+                let batch = Batch::begin(part.clone());
+                let range = batch.range.clone();
+                let collected = Collected::device_to_system(vma, range, map.owner(), huge)?;
+                let fails = || self.takes_failure();
+                let next = Flight::home(&self.gpu, &map, collected, &wanted, fails)?;
+                if !flights.send_or_land((next, batch), &mut land)? {
+                    break;
+                }
             }
             Ok(true)
         };
@@ -465,14 +471,23 @@ impl<'a> Flights<'a> {
         Ok(Self(KVec::with_capacity(MOST_FLIGHTS, GFP_KERNEL)?))
     }
 
-    /// Adds one, and gives the oldest back for landing if there are as many as there may be.
-    fn send(&mut self, flight: (Flight<'a>, Batch)) -> Option<(Flight<'a>, Batch)> {
-        match self.0.push_within_capacity(flight) {
+    /// Adds one, and lands the oldest if there are as many as there may be. One that has left a huge page
+    /// lands at once: `true`, the pages of its batch are to be collected again, split.
+    fn send_or_land(
+        &mut self,
+        flight: (Flight<'a>, Batch),
+        land: &mut impl FnMut((Flight<'a>, Batch)) -> Result,
+    ) -> Result<bool> {
+        if flight.0.left_huge() {
+            return land(flight).map(|()| true);
+        }
+        let oldest = match self.0.push_within_capacity(flight) {
             Ok(()) if self.0.len() < MOST_FLIGHTS => None,
             Ok(()) => self.0.remove(0).ok(),
             // Not so: there is room for all there may be.
             Err(PushError(flight)) => Some(flight),
-        }
+        };
+        oldest.map_or(Ok(()), land).map(|()| false)
     }
 
     /// Lands all, even those behind one that does not.

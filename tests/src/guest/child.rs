@@ -7,9 +7,35 @@ use farfault::{
     process::{Ended, fork},
 };
 use rustix::{io, pipe::pipe, process::Signal};
+use std::os::fd::OwnedFd;
 
 /// `BUS_ADRERR`: nothing is there.
 const NOTHING_THERE: i32 = 2;
+
+/// Where a child and its parent wait for each other. It is theirs if it was made before the fork.
+pub(crate) struct Gate {
+    inside: OwnedFd,
+    outside: OwnedFd,
+}
+
+impl Gate {
+    pub(crate) fn new() -> Result<Self> {
+        let (inside, outside) = pipe()?;
+        Ok(Self { inside, outside })
+    }
+
+    /// Lets one of those pass who wait, or the next one.
+    pub(crate) fn open(&self) -> Result<()> {
+        io::write(&self.outside, &[1])?;
+        Ok(())
+    }
+
+    /// Waits until it is opened. The harness limits how long.
+    pub(crate) fn wait(&self) -> Result<()> {
+        io::read(&self.inside, &mut [0u8])?;
+        Ok(())
+    }
+}
 
 /// The code of a child that did what it should, or has said why not.
 pub(crate) fn code(result: Result<()>) -> u8 {

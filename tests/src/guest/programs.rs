@@ -466,25 +466,30 @@ fn lose_driver(_: &[String]) -> Result<()> {
 }
 
 /// How memory is backed whose page with this number fails: a small one, one inside a huge one, and a
-/// huge one's first.
-const FAILING: [(Backing<'_>, usize); 3] =
-    [(Backing::Small, 5), (Backing::Huge, 7), (Backing::Huge, 0)];
+/// huge one's first. And what brings the rest home: a request, or the CPU that touches it.
+const FAILING: [(Backing<'_>, usize, bool); 5] = [
+    (Backing::Small, 5, false),
+    (Backing::Huge, 7, false),
+    (Backing::Huge, 0, false),
+    (Backing::Huge, 7, true),
+    (Backing::Huge, 0, true),
+];
 
 fn lose_memory(_: &[String]) -> Result<()> {
     let gpu = Gpu::open_first()?;
     let mut memory = Vec::new();
     let mut failing = Vec::new();
-    for (backing, page) in FAILING {
+    for (backing, page, asked) in FAILING {
         let region = written(HUGE_PAGE_SIZE, backing)?;
         move_all(&gpu, region, Place::Vram)?;
         let vram = state(&gpu, region, page)?.cpu.vram;
         failing.push(vram.context("QUERY says nothing of a page in VRAM")?);
-        memory.push((region, page));
+        memory.push((region, page, asked));
     }
     println!("{}", serde_json::to_string(&failing)?);
     say(READY);
     wait_for_a_line()?;
-    for (region, page) in memory {
+    for (region, page, asked) in memory {
         let word = page * PAGE_SIZE / 8;
         let end = Job::sum(region).end(&gpu)?;
         call::ensure_status(&end, JobStatus::MemoryError)?;
@@ -493,6 +498,10 @@ fn lose_memory(_: &[String]) -> Result<()> {
             end.fault_address == bad.address() && end.result == 0,
             "{end:x?}"
         );
+        if asked {
+            let home = migrate(&gpu, region, Place::Ram)?;
+            ensure!(home.stayed == 1, "{home:?}");
+        }
         // Those who touch it get SIGBUS, to read and to write, and anywhere in it.
         let last = PAGE_SIZE / 8 - 1;
         let address = bad.address() + last as u64 * 8;

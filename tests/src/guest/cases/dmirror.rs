@@ -4,12 +4,16 @@
 
 use crate::guest::{
     call::Job,
+    child::{Gate, code},
     mirror::{Action, HUGE, LOCAL, Mirror, WRITE},
     oracle,
 };
 use anyhow::{Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
-use farfault::{Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place};
+use farfault::{
+    Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place,
+    process::{Ended, fork},
+};
 use rustix::io::Errno;
 use std::{fs, os::unix::fs::PermissionsExt};
 
@@ -23,6 +27,7 @@ group! { "dmirror", on Mirrors, seconds 60:
     read_from_the_middle_of_a_huge_page_in_vram_is_right,
     two_nodes_have_their_own_memory,
     allocation_of_a_huge_page_that_fails_once_moves_small_ones,
+    allocation_of_a_huge_page_of_parent_and_child_that_fails_leaves_both_their_data,
     allocation_of_a_small_page_that_fails_once_leaves_it_where_it_is,
     allocation_that_fails_at_a_touch_of_the_cpu_is_tried_again,
 }
@@ -258,6 +263,41 @@ fn allocation_of_a_huge_page_that_fails_once_moves_small_ones() -> Result<()> {
     let here = mirror.snapshot(region)?;
     ensure!(here.iter().all(|page| page & LOCAL != 0), "{here:x?}");
     oracle::check(region, SEED, 1)
+}
+
+/// The child's page table has the same huge page, and is not the one that the call is about.
+fn allocation_of_a_huge_page_of_parent_and_child_that_fails_leaves_both_their_data() -> Result<()> {
+    let mirror = Mirror::open(0)?;
+    // The last time, the CPU touches it.
+    for action in [Some(Action::ToDevice), Some(Action::ToSystem), None] {
+        let region = written(HUGE_PAGE_SIZE, Backing::Huge)?;
+        let buffer = Region::map(region.length(), Backing::Small)?;
+        if action != Some(Action::ToDevice) {
+            mirror.call(Action::ToDevice, region, buffer)?;
+        }
+        let gate = Gate::new()?;
+        let child = fork(|| {
+            code((|| {
+                gate.wait()?;
+                oracle::check(region, SEED, 0)?;
+                oracle::write(region, SEED + 1);
+                oracle::check(region, SEED + 1, 0)
+            })())
+        })?;
+        mirror.fail_next_allocation(region)?;
+        let done = action.map(|action| mirror.call(action, region, buffer));
+        let seen = oracle::check(region, SEED, 0);
+        gate.open()?;
+        ensure!(
+            child.wait()? == Ended::Exited(0),
+            "{action:?}: the child's data"
+        );
+        if let Some(done) = done.transpose()? {
+            ensure!(done.pages == 512, "{action:?}: {done:?}");
+        }
+        seen?;
+    }
+    Ok(())
 }
 
 fn allocation_of_a_small_page_that_fails_once_leaves_it_where_it_is() -> Result<()> {

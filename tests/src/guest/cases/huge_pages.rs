@@ -5,12 +5,16 @@
 use crate::guest::{
     VRAM,
     call::Job,
+    child::{Gate, code},
     oracle,
     place::{count, ensure_place, migrate, move_all, state},
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
-use farfault::{Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, PageState, Place};
+use farfault::{
+    Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, PageState, Place,
+    process::{Ended, fork},
+};
 
 group! { "huge_pages", on Small, seconds 60:
     page_looked_at_from_its_middle_is_where_it_is,
@@ -21,6 +25,7 @@ group! { "huge_pages", on Small, seconds 60:
     part_moved_by_mremap_then_touched_by_the_cpu_has_its_data,
     zero_page_of_2_mib_moves_and_stays_zero,
     page_without_a_free_block_moves_as_small_ones,
+    page_of_parent_and_child_without_a_free_block_stays_theirs,
 }
 
 const SEED: u64 = 0x2b16;
@@ -275,33 +280,73 @@ fn zero_page_of_2_mib_moves_and_stays_zero() -> Result<()> {
     Ok(())
 }
 
-/// Of each block of VRAM a small page is in use: no huge page finds room as a whole, unless
-/// something is evicted for it.
-fn page_without_a_free_block_moves_as_small_ones() -> Result<()> {
-    let gpu = Gpu::open_first()?;
+/// Of each block of VRAM but a few, a small page is in use while the region lives: no huge page finds
+/// room as a whole, unless something is evicted for it.
+fn no_free_block(gpu: &Gpu) -> Result<Region> {
     // All of VRAM in small pages but a rest for tables, of which then every other one goes home.
     let length = VRAM as usize - 3 * HUGE_PAGE_SIZE;
     let region = Region::map(length, Backing::Small)?;
     oracle::write(region, SEED);
-    migrate(&gpu, region, Place::Vram)?;
+    migrate(gpu, region, Place::Vram)?;
     for page in (0..region.pages().count()).step_by(2) {
         ensure!(
             region.load(page * WORDS_PER_PAGE) == oracle::word(SEED, page * WORDS_PER_PAGE),
             "page {page}"
         );
     }
-    let huge = Region::map(4 * HUGE_PAGE_SIZE, Backing::Huge)?;
+    Ok(region)
+}
+
+/// Huge pages of a seed's words.
+fn huge_pages(count: usize) -> Result<Region> {
+    let huge = Region::map(count * HUGE_PAGE_SIZE, Backing::Huge)?;
     oracle::write(huge, SEED + 1);
-    let moved = migrate(&gpu, huge, Place::Vram)?;
+    Ok(huge)
+}
+
+/// Moves huge pages to VRAM, and ensures that there were some that went in parts.
+fn ensure_moved_in_parts(gpu: &Gpu, huge: Region) -> Result<()> {
+    let moved = migrate(gpu, huge, Place::Vram)?;
     ensure!(moved.stayed == 0, "{moved:?}");
     let states = gpu.query(huge.pages())?;
     ensure!(
         states.iter().any(|page| !page.cpu.huge),
         "there were free blocks: this test shows nothing"
     );
+    Ok(())
+}
+
+fn page_without_a_free_block_moves_as_small_ones() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = no_free_block(&gpu)?;
+    let huge = huge_pages(4)?;
+    ensure_moved_in_parts(&gpu, huge)?;
     Job::add(huge, 1).waves(8).run(&gpu)?;
     let sum = Job::sum(huge).waves(8).run(&gpu)?;
     ensure!(sum == oracle::expected_sum(huge, SEED + 1, 1));
+    oracle::check(huge, SEED + 1, 1)?;
+    oracle::check(region, SEED, 0)
+}
+
+/// The child's page table has the same huge pages, and is not the one that the request is about.
+fn page_of_parent_and_child_without_a_free_block_stays_theirs() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = no_free_block(&gpu)?;
+    let huge = huge_pages(4)?;
+    let gate = Gate::new()?;
+    let child = fork(|| {
+        code((|| {
+            gate.wait()?;
+            oracle::check(huge, SEED + 1, 0)?;
+            oracle::write(huge, SEED + 2);
+            oracle::check(huge, SEED + 2, 0)
+        })())
+    })?;
+    let moved = ensure_moved_in_parts(&gpu, huge);
+    gate.open()?;
+    ensure!(child.wait()? == Ended::Exited(0), "the child's data");
+    moved?;
+    Job::add(huge, 1).waves(8).run(&gpu)?;
     oracle::check(huge, SEED + 1, 1)?;
     oracle::check(region, SEED, 0)
 }

@@ -2,17 +2,17 @@
 //! Copy-on-write between parent and child, with pages in VRAM or mapped by the GPU. In what order they
 //! end, and what jobs do meanwhile, is in [`super::fork_order`].
 
-use crate::guest::{call::Job, child::code, oracle, place::move_all};
+use crate::guest::{
+    call::Job,
+    child::{Gate, code},
+    oracle,
+    place::move_all,
+};
 use anyhow::{Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
     Advice, Gpu, HUGE_PAGE_SIZE, Place,
     process::{Ended, fork},
-};
-use rustix::pipe::pipe;
-use std::{
-    fs::File,
-    io::{Read, Write},
 };
 
 group! { "mm::fork", on Small, seconds 60:
@@ -76,16 +76,15 @@ fn child_keeps_data_while(in_parent: fn(&Gpu, Region) -> Result<()>) -> Result<(
     let gpu = Gpu::open_first()?;
     for (backing, place) in STARTS {
         let region = used_by_the_gpu(&gpu, backing, place)?;
-        let (from_parent, to_child) = pipe()?;
-        let (mut from_parent, mut to_child) = (File::from(from_parent), File::from(to_child));
+        let gate = Gate::new()?;
         let child = fork(|| {
             code((|| {
-                from_parent.read_exact(&mut [0])?;
+                gate.wait()?;
                 oracle::check(region, SEED, 0)
             })())
         })?;
         let result = in_parent(&gpu, region);
-        to_child.write_all(&[1])?;
+        gate.open()?;
         ensure!(
             child.wait()? == Ended::Exited(0),
             "{backing:?} in {place:?}"
