@@ -25,6 +25,7 @@ use core::{marker::PhantomData, ops::Range, ptr, ptr::NonNull, slice};
 use kernel::{
     error::to_result,
     page::{PAGE_SHIFT, PAGE_SIZE},
+    pr_err_once,
     prelude::*,
 };
 
@@ -254,7 +255,9 @@ impl<'a> Collected<'a> {
     ) -> Result<Self> {
         let none = ptr::null_mut();
         let mut collected = Self::vma(Kind::SystemToDevice, vma, range, owner, huge, none)?;
-        collected.raw.src_mut().iter_mut().for_each(leave_if_ksm);
+        collected.raw.src_mut().iter_mut().for_each(|src| {
+            leave_if_ksm(src);
+        });
         Ok(collected)
     }
 
@@ -267,7 +270,9 @@ impl<'a> Collected<'a> {
         huge: Huge,
     ) -> Result<Self> {
         let none = ptr::null_mut();
-        Self::vma(Kind::DeviceToSystem, vma, range, owner, huge, none)
+        let mut collected = Self::vma(Kind::DeviceToSystem, vma, range, owner, huge, none)?;
+        collected.leave_uncharged();
+        Ok(collected)
     }
 
     /// Like [`Collected::device_to_system`], for `migrate_to_ram`: the page of `fault` is among
@@ -279,7 +284,9 @@ impl<'a> Collected<'a> {
         } else {
             Huge::Split
         };
-        Self::vma(Kind::Fault, fault.vma(), range, owner, huge, fault.page())
+        let mut collected = Self::vma(Kind::Fault, fault.vma(), range, owner, huge, fault.page())?;
+        collected.leave_uncharged();
+        Ok(collected)
     }
 
     fn vma(
@@ -319,7 +326,9 @@ impl<'a> Collected<'a> {
         let first = map.pfn(super::pagemap::DevicePage(pages.start));
         // SAFETY: The array has `npages` entries, and the frames are of a registered pagemap.
         to_result(unsafe { bindings::migrate_device_range(args.src, first.0, npages) })?;
-        arrays.both_mut().0.iter_mut().for_each(leave_if_uncharged);
+        arrays.both_mut().0.iter_mut().for_each(|src| {
+            leave_if_uncharged(src);
+        });
         // INVARIANT: `migrate_device_range()` has filled `src`, and there are no destinations yet.
         Ok(Self {
             raw: Raw {
@@ -330,6 +339,18 @@ impl<'a> Collected<'a> {
             },
             committed: false,
         })
+    }
+
+    /// Lets pages be that are mapped and have no charge, which cannot be: what is here has gone wrong
+    /// before, and is at least told.
+    fn leave_uncharged(&mut self) {
+        for src in self.raw.src_mut() {
+            if leave_if_uncharged(src) {
+                pr_err_once!(
+                    "a page of VRAM that is mapped is charged to no memory cgroup, and stays in VRAM\n"
+                );
+            }
+        }
     }
 
     /// The first folio that may move from page `from` on. Holes are found in both directions; those
@@ -564,34 +585,37 @@ fn order_of(entry: usize) -> u32 {
 /// Lets a folio be that another migration is about to free: one that has moved, or the destination of
 /// one that has not. `migrate_device_range()` finds such a folio between `folio_unlock()` and
 /// `folio_put()`. It is not charged to a memory cgroup, so what takes its place would not be either,
-/// and the core looks for the LRU list of that for ever (`docs/kernel-findings.md`).
-fn leave_if_uncharged(src: &mut usize) {
+/// and the core looks for the LRU list of that for ever (`docs/kernel-findings.md`, 5). Returns whether it
+/// was so.
+fn leave_if_uncharged(src: &mut usize) -> bool {
     // SAFETY: `leave_if` passes a folio that is locked and referenced.
     leave_if(src, |folio| unsafe {
         !bindings::farfault_c_folio_is_charged(folio)
-    });
+    })
 }
 
 /// Lets a page be that KSM has merged. The core would move it, but ksmd goes on to compare other pages
-/// with it, by an address that memory of a device does not have (`docs/kernel-findings.md`).
+/// with it, by an address that memory of a device does not have (`docs/kernel-findings.md`, 6).
 fn leave_if_ksm(src: &mut usize) {
     // SAFETY: `leave_if` passes a folio that is locked and referenced.
-    leave_if(src, |folio| unsafe {
+    let _ = leave_if(src, |folio| unsafe {
         bindings::farfault_c_folio_test_ksm(folio)
     });
 }
 
-/// Lets a collected folio be for which `is_so`.
-fn leave_if(src: &mut usize, is_so: impl FnOnce(*mut bindings::folio) -> bool) {
+/// Lets a collected folio be for which `is_so`. Returns whether it was.
+fn leave_if(src: &mut usize, is_so: impl FnOnce(*mut bindings::folio) -> bool) -> bool {
     if *src & (VALID | MIGRATE) != VALID | MIGRATE {
-        return;
+        return false;
     }
     // SAFETY: The folio is locked and referenced for this migration.
     let folio = unsafe {
         let page = bindings::farfault_c_pfn_to_page(*src >> SHIFT);
         bindings::farfault_c_page_folio(page)
     };
-    if is_so(folio) {
+    let leave = is_so(folio);
+    if leave {
         *src &= !MIGRATE;
     }
+    leave
 }
