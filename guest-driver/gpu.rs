@@ -174,13 +174,6 @@ pub(crate) struct Interrupts {
     gpu: Arc<Gpu>,
 }
 
-/// It goes when the device is reset and no callback runs any more.
-impl Drop for Interrupts {
-    fn drop(&mut self) {
-        self.gpu.end();
-    }
-}
-
 impl QueueHandler for Interrupts {
     fn notify(&self, queue: usize) {
         match queue as u16 {
@@ -191,6 +184,10 @@ impl QueueHandler for Interrupts {
                 let _ = self.gpu.workers.enqueue(self.gpu.clone());
             }
         }
+    }
+
+    fn closed(&self) {
+        self.gpu.end();
     }
 }
 

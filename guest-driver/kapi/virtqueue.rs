@@ -35,6 +35,10 @@ pub(crate) trait QueueHandler: Send + Sync + 'static {
     /// Runs in **hard interrupt** context: completes something or enqueues work, nothing more. May
     /// be called without reason.
     fn notify(&self, queue: usize);
+
+    /// The device is reset for good and [`QueueHandler::notify`] called no more. What it has not answered
+    /// comes back by [`Virtqueue::detach_unused`] now, and is dropped after.
+    fn closed(&self);
 }
 
 /// A request to the device, the room for its reply, and what the driver wants to remember of it.
@@ -267,6 +271,7 @@ impl<'bound, H: QueueHandler, const N: usize> Queues<'bound, H, N> {
 impl<H: QueueHandler, const N: usize> PinnedDrop for Queues<'_, H, N> {
     fn drop(self: Pin<&mut Self>) {
         self.reset();
+        self.handler.closed();
         for (slot, ring) in self.slots.iter().zip(self.rings.rings) {
             // Waits for operations that are using the ring.
             slot.ring.revoke();

@@ -160,7 +160,10 @@ impl<'a> CopyList<'a> {
             let finished = channel
                 .finish(request, poll_limit)
                 .and_then(|()| status(request));
-            result = result.and(finished);
+            // That VRAM has failed is the least of it.
+            if result.is_ok() || (result == Err(EAGAIN) && finished.is_err()) {
+                result = finished;
+            }
         }
         result
     }

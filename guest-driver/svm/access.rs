@@ -141,6 +141,7 @@ impl<'a> Window<'a> {
         let mut at = WINDOW;
         while frames.peek().is_some() {
             let mut service = space.service()?;
+            service.entries.fill(Pte::EMPTY);
             for (slot, frame) in service.entries.iter_mut().zip(frames.by_ref()) {
                 let place = Location::System(SystemAddr::new(frame.phys()));
                 *slot = Pte::leaf(place, Pte::WRITABLE);
@@ -157,7 +158,6 @@ impl<'a> Window<'a> {
             let sent = mapped.and_then(|_| space.gpu.control(&mut tables.batch));
             supplies.give_back(&space.gpu.vram);
             sent?;
-            service.entries.fill(Pte::EMPTY);
             at += REGION_BYTES;
         }
         Ok(())

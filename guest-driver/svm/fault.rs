@@ -96,6 +96,13 @@ impl Pending {
         self.replay = true;
     }
 
+    /// Forgets all: the context has gone from the device, and its faults with it.
+    pub(super) fn clear(&mut self) {
+        self.faults.clear();
+        self.through = 0;
+        self.replay = false;
+    }
+
     /// Swaps the faults with an empty list; returns through which sequence number they go.
     fn take(&mut self, into: &mut KVec<Fault>) -> Option<u64> {
         into.clear();
@@ -117,6 +124,10 @@ impl Space {
             let Ok(mut service) = self.service() else {
                 return;
             };
+            // While the machine sleeps there is nobody to answer.
+            if self.mirror.lock().table.is_none() {
+                return;
+            }
             let through = self.pending.lock().take(&mut service.faults);
             let Some(through) = through else { return };
             let served = self.serve_batch(&mut service, through);
@@ -137,16 +148,13 @@ impl Space {
         // Before the replay: who sees the job's end sees its faults.
         self.count(|c| &c.gpu_faults, faults.len() as u64);
         let (faults, replayed) = self.serve_sorted(service, faults, through);
-        self.count(|c| &c.gpu_faults_failed, service.failed.len() as u64);
         service.faults = faults;
         if replayed {
             return Ok(());
         }
+        self.count(|c| &c.gpu_faults_failed, service.failed.len() as u64);
         let mut tables = self.mirror.lock();
         let tables = &mut *tables;
-        if tables.table.is_none() {
-            return Ok(());
-        }
         tables.batch.clear();
         for &sequence in &service.failed {
             tables.batch.cancel(self.context, sequence)?;
@@ -287,7 +295,7 @@ impl Space {
                 Advice::PreferCpu => fault.page..fault.page + PAGE_SIZE,
                 Advice::MapOnly => continue,
             };
-            done = around.end;
+            let end = around.end;
             let pages = (around.start - region) >> PAGE_SHIFT..(around.end - region) >> PAGE_SHIFT;
             let cause = trace::Cause::GpuFault;
             let result = match (advice, in_vram) {
@@ -298,6 +306,8 @@ impl Space {
                 (Advice::PreferCpu, false) | (_, true) => continue,
                 (_, false) => self.fault_to_vram(mm, around),
             };
+            // The next ones have had their try with this one.
+            done = end;
             // What does not move is mapped where it is: there is nothing to report.
             if result.is_ok_and(|any| any) {
                 moved |= Wanted::near(pages).groups;

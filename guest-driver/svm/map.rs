@@ -200,12 +200,25 @@ impl Space {
         )?;
         drop(lock);
         let mut valid = snapshot.lock().ok_or(Obstacle::Changed)?;
-        if !vram {
-            for (region, set) in group {
-                let at = (region - first) >> PAGE_SHIFT;
-                let indexes = (0..BLOCK_PAGES).filter(|&index| set.has(index));
-                indexes.for_each(|index| valid.mark_dirty(at + index));
-            }
+        for (region, set) in group {
+            let at = (region - first) >> PAGE_SHIFT;
+            let pfn = |index: usize| valid.pfns().get(at + index).copied();
+            let in_vram = |index| {
+                pfn(index)
+                    .and_then(HmmPfn::pfn)
+                    .and_then(|pfn| map.lookup(pfn))
+            };
+            let is_mapped = |&index: &usize| set.has(index) && (!vram || in_vram(index).is_some());
+            let mapped = (0..BLOCK_PAGES).filter(is_mapped);
+            // A huge page is dirty as a whole.
+            let folios = if pfn(0).is_some_and(is_huge) {
+                1
+            } else {
+                BLOCK_PAGES
+            };
+            mapped
+                .take(folios)
+                .for_each(|index| valid.mark_dirty(at + index));
         }
         let mut total = 0;
         let (pfns, tables) = valid.parts();
@@ -218,7 +231,7 @@ impl Space {
             let mapped = table.mapped(region);
             for (index, (slot, &pfn)) in service.entries.iter_mut().zip(pfns).enumerate() {
                 let wanted = set.has(index) && !mapped.has(index);
-                let leaf = wanted.then(|| leaf(&map, pfn, !vram, false)).flatten();
+                let leaf = wanted.then(|| self.leaf(&map, pfn, !vram, false)).flatten();
                 let leaf = leaf.filter(|leaf| !(vram && leaf.has(Pte::SYSTEM)));
                 *slot = leaf.unwrap_or(Pte::EMPTY);
             }
@@ -414,7 +427,7 @@ impl Space {
             let atomic = wanted.shared_atomics && access == Some(Access::Atomic);
             let pfn = valid.pfns().get(index);
             let store = write || wanted.alone;
-            let Some(leaf) = pfn.and_then(|&pfn| leaf(&map, pfn, store, atomic)) else {
+            let Some(leaf) = pfn.and_then(|&pfn| self.leaf(&map, pfn, store, atomic)) else {
                 if access.is_some() {
                     return Err(EFAULT.into());
                 }
@@ -430,8 +443,9 @@ impl Space {
                 // Its own fault moves it.
                 continue;
             }
-            // The CPU's own entry may be clean; the GPU's store must not be forgotten.
-            if leaf.has(Pte::SYSTEM) && leaf.has(Pte::WRITABLE) {
+            // The CPU's own entry may be clean, and for a page in VRAM it has nothing to say it with; the
+            // GPU's store must not be forgotten.
+            if leaf.has(Pte::WRITABLE) {
                 valid.mark_dirty(index);
             }
             *slot = leaf;
@@ -446,6 +460,8 @@ impl Space {
             _ => Entries::Small(&service.entries),
         };
         let mapped = table.map(region, entries, supplies, &mut tables.batch)?;
+        // Before the replay: who sees the job's end sees its faults.
+        self.count(|c| &c.pages_mapped, mapped as u64);
         let mut replayed = false;
         if let Some(through) = through {
             if tables.batch.has_room_for(service.failed.len()) {
@@ -453,6 +469,7 @@ impl Space {
                     tables.batch.cancel(self.context, sequence)?;
                 }
                 tables.batch.replay(self.context, through)?;
+                self.count(|c| &c.gpu_faults_failed, service.failed.len() as u64);
                 replayed = true;
             }
         }
@@ -460,8 +477,39 @@ impl Space {
         if !tables.batch.is_empty() {
             self.gpu.control(&mut tables.batch)?;
         }
-        self.count(|c| &c.pages_mapped, mapped as u64);
         Ok(replayed)
+    }
+
+    /// The leaf for a page as the CPU has it; memory of others and what is not there has none. RAM is
+    /// mapped for stores only where the GPU wants to store: else the page would count as dirty; and for
+    /// atomics only where `atomic` says so.
+    fn leaf(&self, map: &Pagemap, pfn: HmmPfn, write: bool, atomic: bool) -> Option<Pte> {
+        if !pfn.is_valid() || pfn.is_error() {
+            return None;
+        }
+        let frame = pfn.pfn()?;
+        let leaf = match map.lookup(frame).map(VramPage::from) {
+            Some(page) => {
+                // What has failed can't go home to be copied for a writer, and has no data left that a
+                // store could harm: the device answers any access with an error.
+                let failed = pfn.order() == 0 && self.gpu.vram.has_failed(page);
+                let flags = if pfn.is_writable() || failed {
+                    Pte::WRITABLE | Pte::ATOMIC
+                } else {
+                    0
+                };
+                Pte::leaf(Location::Vram(page.address()), flags)
+            }
+            None => {
+                let flags = match (pfn.is_writable() && write, atomic) {
+                    (true, true) => Pte::WRITABLE | Pte::ATOMIC,
+                    (true, false) => Pte::WRITABLE,
+                    (false, _) => 0,
+                };
+                Pte::leaf(Location::System(SystemAddr::new(frame.phys())), flags)
+            }
+        };
+        Some(leaf)
     }
 }
 
@@ -475,35 +523,6 @@ fn is_missing(map: &Pagemap, pfn: HmmPfn, access: Access) -> bool {
 /// Whether an entry stands for all of its region.
 fn is_huge(head: HmmPfn) -> bool {
     head.is_valid() && !head.is_error() && head.order() >= BLOCK_ORDER
-}
-
-/// The leaf for a page as the CPU has it; memory of others and what is not there has none. RAM is
-/// mapped for stores only where the GPU wants to store: else the page would count as dirty; and for
-/// atomics only where `atomic` says so.
-fn leaf(map: &Pagemap, pfn: HmmPfn, write: bool, atomic: bool) -> Option<Pte> {
-    if !pfn.is_valid() || pfn.is_error() {
-        return None;
-    }
-    let frame = pfn.pfn()?;
-    let leaf = match map.lookup(frame) {
-        Some(page) => {
-            let flags = if pfn.is_writable() {
-                Pte::WRITABLE | Pte::ATOMIC
-            } else {
-                0
-            };
-            Pte::leaf(Location::Vram(VramPage::from(page).address()), flags)
-        }
-        None => {
-            let flags = match (pfn.is_writable() && write, atomic) {
-                (true, true) => Pte::WRITABLE | Pte::ATOMIC,
-                (true, false) => Pte::WRITABLE,
-                (false, _) => 0,
-            };
-            Pte::leaf(Location::System(SystemAddr::new(frame.phys())), flags)
-        }
-    };
-    Some(leaf)
 }
 
 /// Which pages of a region are to be mapped. Its groups are as many as a word has bits.

@@ -224,6 +224,7 @@ impl Space {
     /// Makes the context on the device. Before, everything finds the address space without tables.
     fn start(&self) -> Result {
         let root = self.gpu.take_table()?;
+        self.pending.lock().clear();
         let mut tables = self.mirror.lock();
         let Tables { table, batch } = &mut *tables;
         batch.clear();
@@ -283,6 +284,8 @@ impl Space {
     /// Says where the pages of a range should be. What the GPU has mapped of it is unmapped, so that
     /// its next use asks. `ENOSPC`: too many ranges.
     pub(crate) fn advise(&self, range: Range<usize>, advice: uapi::Advice) -> Result {
+        // No batch of faults that has read the advice before is under way then.
+        let _service = self.service()?;
         self.advice.lock().set(range.clone(), advice)?;
         let mut tables = self.mirror.lock();
         self.mirror.unmap(&mut tables, range).map(|_| ())

@@ -8,7 +8,7 @@
 use super::{
     Program, VRAM,
     call::{self, Job},
-    child::ensure_sigbus,
+    child::{self, Gate, ensure_sigbus},
     mirror::{Action, Mirror},
     oracle,
     place::{migrate, move_all, state},
@@ -486,9 +486,22 @@ fn lose_memory(_: &[String]) -> Result<()> {
         failing.push(vram.context("QUERY says nothing of a page in VRAM")?);
         memory.push((region, page, asked));
     }
+    // And one that a child has, too, so that the GPU may only read it.
+    let shared = written(4 * PAGE_SIZE, Backing::Small)?;
+    move_all(&gpu, shared, Place::Vram)?;
+    let vram = state(&gpu, shared, 1)?.cpu.vram;
+    failing.push(vram.context("QUERY says nothing of a page in VRAM")?);
+    let gate = Gate::new()?;
+    let child = fork(|| child::code(gate.wait()))?;
     println!("{}", serde_json::to_string(&failing)?);
     say(READY);
     wait_for_a_line()?;
+    let end = Job::add(shared, 1).end(&gpu)?;
+    call::ensure_status(&end, JobStatus::MemoryError)?;
+    ensure!(end.fault_address == shared.address() + PAGE_SIZE as u64);
+    gate.open()?;
+    ensure!(child.wait()? == Ended::Exited(0));
+    shared.unmap()?;
     for (region, page, asked) in memory {
         let word = page * PAGE_SIZE / 8;
         let end = Job::sum(region).end(&gpu)?;

@@ -53,6 +53,12 @@ pub(crate) const CASES: &[HostCase] = &[
         run: unbind_and_bind_50_times_works,
     },
     HostCase {
+        name: "lifecycle::stores_to_vram_that_nobody_had_before_are_kept",
+        machine: Machine::Small,
+        after: After::Keep,
+        run: stores_to_vram_that_nobody_had_before_are_kept,
+    },
+    HostCase {
         name: "lifecycle::module_loaded_and_unloaded_50_times_works",
         machine: Machine::Small,
         after: After::Keep,
@@ -150,6 +156,14 @@ fn unbind_under_load_ends_in_time(vm: &mut Vm, machines: &Machines) -> Result<()
         bind(vm, machines, &gpu)?;
     }
     works(vm, machines)
+}
+
+/// mm knows the pages anew.
+fn stores_to_vram_that_nobody_had_before_are_kept(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    let gpu = unbind(vm, machines)?;
+    bind(vm, machines, &gpu)?;
+    let case = "mm::madvise::free_then_written_by_the_gpu_in_vram_is_kept_in_ram";
+    guest(vm, machines, &[case], COMMAND).map(drop)
 }
 
 fn unbind_and_bind_50_times_works(vm: &mut Vm, machines: &Machines) -> Result<()> {

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 
 group! { "advise", on Small, seconds 60:
     default_moves_the_page_that_faulted,
+    default_moves_pages_that_fault_next_to_some_in_vram,
     prefer_gpu_moves_all_of_the_range_in_the_same_2_mib,
     prefer_gpu_with_holes_and_several_mappings_moves_each,
     prefer_cpu_brings_the_page_to_ram_and_maps_it_there,
@@ -44,6 +45,20 @@ fn default_moves_the_page_that_faulted() -> Result<()> {
     Job::add(page(region, 9), 0).run(&gpu)?;
     ensure!(count(&gpu, region, Place::Vram)? == 1);
     ensure_place(&gpu, page(region, 9), Place::Vram)
+}
+
+/// The GPU has none of them mapped, and each wave faults on its own.
+fn default_moves_pages_that_fault_next_to_some_in_vram() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let pages = HUGE_PAGE_SIZE / PAGE_SIZE;
+    let region = written(HUGE_PAGE_SIZE, Backing::Small)?;
+    for index in (0..pages).step_by(8) {
+        move_all(&gpu, page(region, index), Place::Vram)?;
+    }
+    gpu.advise(region.pages(), Advice::Default)?;
+    Job::add(region, 1).waves(pages as u32).run(&gpu)?;
+    ensure_place(&gpu, region, Place::Vram)?;
+    oracle::check(region, SEED, 1)
 }
 
 fn prefer_gpu_moves_all_of_the_range_in_the_same_2_mib() -> Result<()> {

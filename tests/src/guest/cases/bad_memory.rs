@@ -7,7 +7,7 @@ use crate::guest::{
 };
 use anyhow::{Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
-use farfault::{Access, Gpu, Kernel, PAGE_SIZE, uapi::JobStatus};
+use farfault::{Access, Advice, Gpu, Kernel, PAGE_SIZE, uapi::JobStatus};
 use std::time::Duration;
 
 group! { "bad_memory", on Small, seconds 60:
@@ -18,6 +18,7 @@ group! { "bad_memory", on Small, seconds 60:
     read_only_memory_can_be_read_and_fails_the_writer,
     inaccessible_memory_fails_the_reader,
     failing_job_leaves_others_alone,
+    failing_job_leaves_others_alone_that_fault_next_to_it,
     chase_into_nowhere_fails_there,
 }
 
@@ -166,6 +167,35 @@ fn failing_job_leaves_others_alone() -> Result<()> {
     call::kill(&gpu, endless)?;
     let end = call::wait(&gpu, endless, call::JOB_TIME)?;
     call::ensure_status(&end, JobStatus::Killed)
+}
+
+/// Their faults are served together.
+fn failing_job_leaves_others_alone_that_fault_next_to_it() -> Result<()> {
+    const JOBS: usize = 48;
+    const BAD: usize = 20;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(JOBS * PAGE_SIZE, Backing::Small)?;
+    let page = |index: usize| region.part(index * PAGE_SIZE, PAGE_SIZE);
+    page(BAD).protect(Protection::Read)?;
+    for round in 0..10 {
+        // All of it is unmapped by that.
+        gpu.advise(region.pages(), Advice::MapOnly)?;
+        let jobs: Vec<_> = (0..JOBS)
+            .map(|index| Job::add(page(index), 1).submit(&gpu))
+            .collect::<Result<_, _>>()?;
+        for (index, job) in jobs.into_iter().enumerate() {
+            let end = call::wait(&gpu, job, call::JOB_TIME)?;
+            if index == BAD {
+                call::ensure_status(&end, JobStatus::Fault)?;
+                ensure!(end.fault_address == page(BAD).address(), "{end:x?}");
+            } else {
+                call::ensure_status(&end, JobStatus::Ok)?;
+                ensure!(page(index).load(0) == round + 1, "page {index}");
+            }
+        }
+    }
+    ensure!(page(BAD).load(0) == 0);
+    Ok(())
 }
 
 fn chase_into_nowhere_fails_there() -> Result<()> {

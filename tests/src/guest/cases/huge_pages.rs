@@ -26,6 +26,7 @@ group! { "huge_pages", on Small, seconds 60:
     zero_page_of_2_mib_moves_and_stays_zero,
     page_without_a_free_block_moves_as_small_ones,
     page_of_parent_and_child_without_a_free_block_stays_theirs,
+    page_never_touched_without_a_free_block_is_zero,
 }
 
 const SEED: u64 = 0x2b16;
@@ -348,5 +349,19 @@ fn page_of_parent_and_child_without_a_free_block_stays_theirs() -> Result<()> {
     moved?;
     Job::add(huge, 1).waves(8).run(&gpu)?;
     oracle::check(huge, SEED + 1, 1)?;
+    oracle::check(region, SEED, 0)
+}
+
+/// The pages of VRAM that it gets have had others' words in them.
+fn page_never_touched_without_a_free_block_is_zero() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = no_free_block(&gpu)?;
+    let hole = Region::map(4 * HUGE_PAGE_SIZE, Backing::Huge)?;
+    ensure_moved_in_parts(&gpu, hole)?;
+    let sum = Job::sum(hole).waves(8).run(&gpu)?;
+    ensure!(sum == 0, "the GPU's sum is {sum:#x}");
+    Job::add(hole, 5).waves(8).run(&gpu)?;
+    let wrong = (0..hole.words()).find(|&word| hole.load(word) != 5);
+    ensure!(wrong.is_none(), "word {wrong:?} was not zero");
     oracle::check(region, SEED, 0)
 }

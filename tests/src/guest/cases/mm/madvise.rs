@@ -6,7 +6,7 @@ use super::start::{
     exercise_empty,
 };
 use crate::guest::{call::Job, child::code, oracle};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
     Access, Advice as PlaceAdvice, Gpu, HUGE_PAGE_SIZE, Kernel, PAGE_SIZE, Place,
@@ -20,6 +20,7 @@ group! { "mm::madvise", gpus 1, seconds 60:
     dontneed_of_a_thousand_scattered_pages_leaves_the_gpu_none,
     free_leaves_old_data_or_zeros_the_same_for_cpu_and_gpu,
     free_then_written_by_the_gpu_is_kept,
+    free_then_written_by_the_gpu_in_vram_is_kept_in_ram,
     cold_and_pageout_keep_the_data,
     willneed_keeps_the_data,
     hugepage_and_nohugepage_keep_the_data,
@@ -128,6 +129,33 @@ fn free_then_written_by_the_gpu_is_kept() -> Result<()> {
         ensure_words(region, 8)?;
         ensure_agreement(gpu, region)
     })
+}
+
+/// In VRAM, only the driver knows of the GPU's stores. In RAM, what nobody has written to since may go.
+/// It shows in pages of VRAM that nobody has had since the GPU was bound: others are kept by what their
+/// last owner has left in their flags.
+fn free_then_written_by_the_gpu_in_vram_is_kept_in_ram() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let mut memory = Vec::new();
+    for backing in [Backing::Small, Backing::Huge] {
+        // The pages go to VRAM on request, or by the faults of the job.
+        for asked in [true, false] {
+            let region = Region::map(HUGE_PAGE_SIZE, backing)?;
+            oracle::write(region, SEED);
+            region.advise(Advice::Free)?;
+            if asked {
+                gpu.migrate(region.pages(), Place::Vram)?;
+            }
+            Job::fill(region, 7).waves(2).run(&gpu)?;
+            memory.push((region, backing, asked));
+        }
+    }
+    for (region, backing, asked) in memory {
+        gpu.migrate(region.pages(), Place::Ram)?;
+        region.advise(Advice::PageOut)?;
+        ensure_words(region, 7).with_context(|| format!("{backing:?}, asked: {asked}"))?;
+    }
+    Ok(())
 }
 
 /// Advice that changes no content, to all, to a part and again to all.
