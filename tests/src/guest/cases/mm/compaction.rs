@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Compaction while pages are mirrored or in VRAM. Whether it moves any of them is mm's business.
+//! Compaction while pages are mirrored or in VRAM.
 
-use super::start::{SEED, ensure_agreement, exercise, exercise_all, while_adding};
+use super::{
+    frames::frames,
+    start::{SEED, ensure_agreement, exercise, exercise_all, while_adding},
+};
 use crate::guest::{
     call::Job,
     oracle,
     place::{ensure_place, move_all},
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{Advice, Gpu, PAGE_SIZE, Place};
 use std::fs;
@@ -18,6 +21,8 @@ group! { "mm::compaction", gpus 1, seconds 120:
 }
 
 const LENGTH: usize = 8 << 20;
+/// Pages of RAM that are freed for each that stays: more in all than CPUs keep for themselves.
+const BETWEEN: usize = 8;
 
 fn compact() -> Result<()> {
     fs::write("/proc/sys/vm/compact_memory", "1").context("the kernel cannot compact memory")
@@ -25,17 +30,17 @@ fn compact() -> Result<()> {
 
 /// A mirrored region with holes between its pages in RAM, for compaction to fill.
 fn scattered(gpu: &Gpu) -> Result<Region> {
-    let (region, between) = (
-        Region::map(LENGTH, Backing::Small)?,
-        Region::map(LENGTH, Backing::Small)?,
-    );
+    let region = Region::map(LENGTH, Backing::Small)?;
+    let between = Region::map(BETWEEN * LENGTH, Backing::Small)?;
     let words = PAGE_SIZE / 8;
     for page in 0..region.pages().count() {
         // One after the other, so that they lie so.
         for index in page * words..(page + 1) * words {
             region.store(index, oracle::word(SEED, index));
         }
-        between.store(page * words, 1);
+        for other in page * BETWEEN..(page + 1) * BETWEEN {
+            between.store(other * words, 1);
+        }
     }
     gpu.advise(region.pages(), Advice::MapOnly)?;
     Job::add(region, 0).waves(4).run(gpu)?;
@@ -46,9 +51,13 @@ fn scattered(gpu: &Gpu) -> Result<Region> {
 fn jobs_that_write_during_compaction_lose_nothing() -> Result<()> {
     let gpu = Gpu::open_first()?;
     let region = scattered(&gpu)?;
+    let before = frames(region)?;
     for _ in 0..6 {
         while_adding(&gpu, region, compact)?;
     }
+    let after = frames(region)?;
+    let moved = before.iter().zip(&after).filter(|(a, b)| a != b).count();
+    ensure!(moved >= 64, "compaction has moved only {moved} pages");
     exercise(&gpu, region, 0, 6)
 }
 
