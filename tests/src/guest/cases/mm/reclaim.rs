@@ -10,15 +10,15 @@ use super::{
 };
 use crate::guest::{
     call::Job,
-    child::code,
+    child::{Gate, code},
     oracle,
     place::{ensure_place, move_all},
     settings,
 };
 use anyhow::{Context, Result, ensure};
-use farfault::arena::Backing;
+use farfault::arena::{Backing, Region};
 use farfault::{
-    Gpu, HUGE_PAGE_SIZE, Place,
+    Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place,
     process::{Child, Ended, fork},
     stage,
 };
@@ -29,6 +29,7 @@ group! { "mm::reclaim", on Disk, seconds 180:
     swapoff_under_running_jobs_loses_nothing,
     reclaim_of_the_group_swaps_mirrored_pages_and_leaves_vram,
     pages_shared_after_fork_reclaimed_keep_each_their_data,
+    jobs_at_the_groups_limit_with_a_process_that_wants_more_get_on,
 }
 
 /// A case goes on for so long.
@@ -136,5 +137,59 @@ fn pages_shared_after_fork_reclaimed_keep_each_their_data() -> Result<()> {
         })?)
         .with_context(|| format!("{start:?}"))?;
     }
+    Ok(())
+}
+
+/// The other one has more memory than the group may have, and goes round in it. All that comes in for one
+/// sends something of the other out.
+fn jobs_at_the_groups_limit_with_a_process_that_wants_more_get_on() -> Result<()> {
+    const LIMIT: usize = 24 << 20;
+    let _swap = Swap::on(SwapOn::Disk)?;
+    let cgroup = Cgroup::new("pressure")?;
+    let before = vmstat("pswpout")?;
+    let begun = Gate::new()?;
+    let worker = in_group(&cgroup, || {
+        let gpu = Gpu::open_first()?;
+        let places = [At::Vram, At::Ram, At::Half];
+        let starts = [Backing::Small, Backing::Huge]
+            .into_iter()
+            .flat_map(|backing| places.map(|at| Start { backing, at }));
+        let regions: Result<Vec<Region>> = starts
+            .map(|start| start.region(&gpu, HUGE_PAGE_SIZE))
+            .collect();
+        begun.open()?;
+        let regions = regions?;
+        let (end, mut added) = (time(), 0);
+        while added < 3 || Instant::now() < end {
+            for &region in &regions {
+                Job::add(region, 1).waves(4).run(&gpu)?;
+            }
+            added += 1;
+        }
+        for region in regions {
+            ensure_sum(&gpu, region, 0, added)?;
+            oracle::check(region, SEED, added)?;
+        }
+        Ok(())
+    })?;
+    begun.wait()?;
+    cgroup.set_max(LIMIT as u64)?;
+    let hog = in_group(&cgroup, || {
+        let region = Region::map(LIMIT + LIMIT / 4, Backing::Small)?;
+        for round in 0.. {
+            for page in 0..region.pages().count() {
+                region.store(page * PAGE_SIZE / 8, round);
+            }
+        }
+        Ok(())
+    })?;
+    ensure_well(worker)?;
+    drop(hog);
+    ensure!(vmstat("pswpout")? > before, "nothing was swapped");
+    ensure!(
+        cgroup.events("max")? > 0,
+        "the group was never at its limit"
+    );
+    ensure!(cgroup.events("oom_kill")? == 0);
     Ok(())
 }
