@@ -135,36 +135,42 @@ impl Device {
 
     /// Takes all requests of queue `index`, after a kick.
     pub(super) fn serve(&self, index: u16) {
-        let mut expected = false;
+        let mut seen = None;
+        while let Some(base) = self.serve_round(index, seen) {
+            seen = Some(base);
+        }
+    }
+
+    /// Takes what is in queue `index` and asks for kicks again. Where the ring stands if chains came
+    /// meanwhile, whose kick may be missing: they are for the next round, which is told that as `seen`.
+    fn serve_round(&self, index: u16, seen: Option<u16>) -> Option<u16> {
+        self.with(|queues| {
+            queues.stats.rounds += 1;
+            queues.begin(index);
+        });
+        let mut progress = false;
+        // The lock is given up between requests, so that no queue waits behind another one's.
         loop {
-            self.with(|queues| {
-                queues.stats.rounds += 1;
-                queues.begin(index);
-            });
-            let mut progress = false;
-            // The lock is given up between requests, so that no queue waits behind another one's.
-            loop {
-                let (taken, work) = self.locked(|queues| queues.take(index));
-                if work {
-                    self.start_work(index);
-                }
-                match taken {
-                    Taken::One => progress = true,
-                    Taken::Nothing if index == queue::SUBMIT && self.help_copy() => {}
-                    Taken::Nothing => break,
-                    // A worker comes back to it.
-                    Taken::Later => return,
-                }
+            let (taken, work) = self.locked(|queues| queues.take(index));
+            if work {
+                self.start_work(index);
             }
-            if expected && !progress {
-                // Chains seem to be there and cannot be had: the ring is broken, its driver too.
-                return;
-            }
-            expected = self.with(|queues| queues.end(index));
-            if !expected {
-                return;
+            match taken {
+                Taken::One => progress = true,
+                Taken::Nothing if index == queue::SUBMIT && self.help_copy() => {}
+                Taken::Nothing => break,
+                // A worker comes back to it.
+                Taken::Later => return None,
             }
         }
+        self.with(|queues| {
+            // Chains were seen, and nobody could take one, not even a worker that looked for event
+            // buffers: the ring is broken, its driver too.
+            if seen.is_some() && !progress && queues.base(index) == seen {
+                return None;
+            }
+            queues.end(index)
+        })
     }
 
     /// Takes `memory` as the guest's RAM. On return nothing uses what was the RAM before.
@@ -428,5 +434,90 @@ impl Drop for Workers {
                 log::error!("a worker thread panicked");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{gpu::Settings, transport::vring::Vring};
+    use farfault_protocol::event::EVENT_SIZE;
+    use vhost_user_backend::VringT;
+    use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
+
+    const DESCRIPTORS: u64 = 0x1000;
+    const AVAILABLE: u64 = 0x2000;
+    const USED: u64 = 0x3000;
+    const BUFFERS: u64 = 0x4000;
+    const SIZE: u16 = 16;
+
+    /// A device without threads, and the driver of its event queue.
+    struct Rig {
+        device: Device,
+        memory: GuestMemoryMmap,
+        posted: u16,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let ranges = [(GuestAddress(0), 1 << 20)];
+            let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+            let device = Device::new(Gpu::new(Settings::new(4 << 20)).unwrap());
+            device.welcome();
+            device.set_memory(Arc::new(memory.clone())).unwrap();
+            let vring = Vring::new(GuestMemoryAtomic::new(memory.clone()), SIZE).unwrap();
+            vring.set_queue_size(SIZE);
+            vring.set_queue_info(DESCRIPTORS, AVAILABLE, USED).unwrap();
+            vring.set_queue_event_idx(true);
+            vring.set_queue_ready(true);
+            vring.set_enabled(true);
+            device.attach(queue::EVENT, || Ring::new(vring));
+            Self {
+                device,
+                memory,
+                posted: 0,
+            }
+        }
+
+        /// Posts a buffer, without a kick.
+        fn post(&mut self) {
+            let number = self.posted;
+            self.posted += 1;
+            let address = BUFFERS + u64::from(number) * EVENT_SIZE as u64;
+            let flags = u64::from(VRING_DESC_F_WRITE) << 32 | EVENT_SIZE as u64;
+            let descriptor = DESCRIPTORS + 16 * u64::from(number);
+            self.write(descriptor, address);
+            self.write(descriptor + 8, flags);
+            self.write(AVAILABLE + 4 + 2 * u64::from(number), number);
+            self.write(AVAILABLE + 2, self.posted);
+        }
+
+        fn write<T: vm_memory::ByteValued>(&self, address: u64, value: T) {
+            self.memory.write_obj(value, GuestAddress(address)).unwrap();
+        }
+
+        fn read(&self, address: u64) -> u16 {
+            self.memory.read_obj(GuestAddress(address)).unwrap()
+        }
+
+        /// The buffer that the device wants a kick for.
+        fn kick_wanted_for(&self) -> u16 {
+            self.read(USED + 4 + 8 * u64::from(SIZE))
+        }
+    }
+
+    #[test]
+    fn queue_whose_chain_a_worker_took_asks_for_kicks_again() {
+        let mut rig = Rig::new();
+        // The queue's thread has taken all, and while it asks for kicks a buffer comes without one.
+        rig.device.with(|queues| queues.begin(queue::EVENT));
+        rig.post();
+        let seen = rig.device.with(|queues| queues.end(queue::EVENT));
+        assert_eq!(seen, Some(0));
+        rig.device.work_once();
+        assert_eq!(rig.device.state.lock().queues.stats.event_buffers, 1);
+        assert_eq!(rig.device.serve_round(queue::EVENT, seen), None);
+        assert_eq!(rig.kick_wanted_for(), 1);
     }
 }

@@ -223,11 +223,18 @@ impl Queues {
         self.check_ring(index, result.unwrap_or(Ok(())));
     }
 
-    /// Asks for kicks of queue `index` again; whether there are chains that had none.
-    pub(super) fn end(&mut self, index: u16) -> bool {
+    /// Asks for kicks of queue `index` again. Where the ring stands if there are chains that had none.
+    pub(super) fn end(&mut self, index: u16) -> Option<u16> {
         let result = self.ring(index).map(|ring| ring.enable_kicks(&self.memory));
-        self.check_ring(index, result.unwrap_or(Ok(false)))
-            .unwrap_or(false)
+        match self.check_ring(index, result.unwrap_or(Ok(false))) {
+            Some(true) => self.base(index),
+            Some(false) | None => None,
+        }
+    }
+
+    /// How far queue `index` was taken.
+    pub(super) fn base(&self, index: u16) -> Option<u16> {
+        self.ring(index).map(Ring::base)
     }
 
     /// Takes one chain from queue `index`.
