@@ -96,7 +96,7 @@ pub(crate) fn issue(
             length,
         } => {
             let (from, readable) = range(source, length, Read)?;
-            // The runs of `from` may be longer then; a copy ends with the shorter end.
+            // The runs of `from` may be longer then; a copy ends with its destination.
             let (to, bytes) = range(destination, readable, Write)?;
             let [first, _] = one(destination, bytes, Write);
             let [second, _] = one(source, bytes, Read);

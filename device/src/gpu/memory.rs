@@ -117,21 +117,21 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// Copies between runs of the same total length.
+    /// Copies to all of `to`. What `from` has beyond that is not looked at: it may be no memory.
     pub(crate) fn copy(self, to: &'a [Target], from: &'a [Target]) -> Result<(), CopyError> {
         let mut from = Cursor::new(self, from, false);
         let mut to = Cursor::new(self, to, true);
-        loop {
-            let source = from.peek().map_err(CopyError::Source)?;
-            let destination = to.peek().map_err(CopyError::Destination)?;
-            let (Some(source), Some(destination)) = (source, destination) else {
-                return Ok(());
+        while let Some(destination) = to.peek().transpose() {
+            let Some(source) = from.peek().map_err(CopyError::Source)? else {
+                break;
             };
+            let destination = destination.map_err(CopyError::Destination)?;
             let bytes = source.len().min(destination.len()) as u64;
             source.copy_to_volatile_slice(destination);
             from.consume(bytes);
             to.consume(bytes);
         }
+        Ok(())
     }
 
     /// Copies one run. Lists of thousands of these are common: what is between them and the bytes

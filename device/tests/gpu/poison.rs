@@ -65,6 +65,26 @@ fn report_without_a_buffer_waits_for_one() {
 }
 
 #[test]
+fn copy_whose_destination_ends_before_it_faults_there() {
+    let mut rig = rig();
+    rig.take_events();
+    // The destination's second page is not mapped. In the source it would be the poisoned one, which
+    // is not behind the first in VRAM.
+    let (to, from) = (VA + 16 * PAGE, VA + 32 * PAGE);
+    rig.map(0, to, vram(MIB), 1, RW);
+    rig.map(0, from, vram(0), 1, RW);
+    rig.map(0, from + PAGE, vram(BAD), 1, RW);
+    rig.launch(0, 1, Kernel::Copy, &[to, from, 2 * PAGE], 1);
+    rig.run();
+    let pages: Vec<u64> = rig
+        .take_faults()
+        .iter()
+        .map(|fault| fault.page.get())
+        .collect();
+    assert_eq!(pages, [to + PAGE]);
+}
+
+#[test]
 fn job_that_touches_it_fails_with_its_page() {
     let mut rig = rig();
     rig.take_events();
