@@ -85,7 +85,8 @@ impl Ring {
 
     /// Whether the driver wants an interrupt for what was given back since the last call.
     pub(super) fn interrupt_is_due(&mut self, memory: &GuestMemoryMmap) -> Result<bool, Error> {
-        if !std::mem::take(&mut self.given_back) || !self.is_running() {
+        // A ring that does not run keeps it: its driver is told when it runs again.
+        if !self.is_running() || !std::mem::take(&mut self.given_back) {
             return Ok(false);
         }
         let mut vring = self.vring.get_mut();
@@ -120,5 +121,60 @@ impl Ring {
         } else {
             Ok(false)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        io::Read,
+        os::{fd::OwnedFd, unix::net::UnixStream},
+    };
+    use vm_memory::{GuestAddress, GuestMemoryAtomic};
+
+    const SIZE: u16 = 16;
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()
+    }
+
+    fn ring(memory: &GuestMemoryMmap) -> Ring {
+        let vring = Vring::new(GuestMemoryAtomic::new(memory.clone()), SIZE).unwrap();
+        vring.set_queue_size(SIZE);
+        vring.set_queue_info(0x1000, 0x2000, 0x3000).unwrap();
+        vring.set_queue_event_idx(true);
+        vring.set_queue_ready(true);
+        vring.set_enabled(true);
+        Ring::new(vring)
+    }
+
+    #[test]
+    fn interrupt_that_finds_the_ring_stopped_comes_when_it_goes_on() {
+        let memory = memory();
+        let mut ring = ring(&memory);
+        ring.give_back(&memory, 0, 0).unwrap();
+        assert!(ring.interrupt_is_due(&memory).unwrap());
+        // The front end stops the ring before the interrupt is sent.
+        ring.vring.set_queue_ready(false);
+        ring.vring.set_call(None);
+        ring.interrupt(&RateLimit::default());
+        let (mut driver, call) = UnixStream::pair().unwrap();
+        ring.vring.set_call(Some(OwnedFd::from(call).into()));
+        ring.vring.set_queue_ready(true);
+        driver.set_nonblocking(true).unwrap();
+        driver.read_exact(&mut [0; 8]).expect("an interrupt");
+    }
+
+    #[test]
+    fn ring_that_is_stopped_before_it_asks_for_an_interrupt_asks_later() {
+        let memory = memory();
+        let mut ring = ring(&memory);
+        ring.give_back(&memory, 0, 0).unwrap();
+        ring.vring.set_enabled(false);
+        assert!(!ring.interrupt_is_due(&memory).unwrap());
+        ring.vring.set_enabled(true);
+        assert!(ring.interrupt_is_due(&memory).unwrap());
+        assert!(!ring.interrupt_is_due(&memory).unwrap());
     }
 }

@@ -6,7 +6,12 @@
 //! end replaces the descriptor in between, as it does at every reset of the guest's driver. Here an
 //! empty kick is no error. Nor does a kick or an interrupt block, whatever file the front end sent for
 //! it. And the crate does not tell when the front end starts a ring again that it had stopped; here the
-//! device is told. All else is the crate's.
+//! device is told.
+//!
+//! A front end takes the descriptor for interrupts away when it stops a ring, and gives one when the ring
+//! goes on: an interrupt that was due in between went nowhere. So whoever is given to hear interrupts
+//! hears one at once. A driver looks at its ring then, and finds nothing at worst. All else is the
+//! crate's.
 
 use super::Device;
 use std::{
@@ -126,6 +131,12 @@ impl VringT<Memory> for Vring {
 
     fn set_call(&self, file: Option<File>) {
         self.0.set_call(file.and_then(non_blocking));
+        match self.signal_used_queue() {
+            // It is full: there is an interrupt in it already.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => log::warn!("cannot interrupt the guest: {error}"),
+            Ok(()) => {}
+        }
     }
 
     fn set_err(&self, file: Option<File>) {

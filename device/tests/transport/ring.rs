@@ -179,6 +179,15 @@ impl Ring {
         }
     }
 
+    /// Waits for an interrupt, whether it is for something or not; whether one came.
+    pub(crate) fn hears_interrupt(&self) -> bool {
+        let milliseconds = i32::try_from(DEADLINE.as_millis()).expect("a short time");
+        self.interrupts
+            .wait(milliseconds, &mut [EpollEvent::default()])
+            .expect("interrupts can be waited for");
+        self.call.read().is_ok()
+    }
+
     fn store(&self, address: u64, value: u16) {
         self.memory
             .store(value.to_le(), GuestAddress(address), Ordering::Release)
