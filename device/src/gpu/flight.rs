@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Work in flight, and which translations it holds (manual, section 4.4: the invalidation promise).
 
+use super::mmu::Span;
 use farfault_protocol::{address::GpuVa, event::Access};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A range of virtual addresses whose translation a work uses.
+/// Translations that a work uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Held {
+    /// The first address of the access.
     pub(crate) start: GpuVa,
-    pub(crate) length: u64,
+    /// What the leaves map, which is more: who invalidates a part of a leaf means all of it.
+    pub(crate) span: Span,
     pub(crate) access: Access,
 }
 
 impl Held {
     fn overlaps(&self, start: GpuVa, length: u64) -> bool {
-        let (a, b) = (self.start.get(), start.get());
-        a < b.saturating_add(length) && b < a.saturating_add(self.length)
+        let start = start.get();
+        self.span.start < start.saturating_add(length) && start < self.span.end
     }
 }
 
@@ -80,7 +83,7 @@ impl Flights {
         self.works.len()
     }
 
-    /// Works that use a translation of a range.
+    /// Works that use a translation of a page of a range.
     pub(crate) fn using(&self, context: u32, start: GpuVa, length: u64) -> BTreeSet<u64> {
         self.collect(|owner| owner.uses(context, start, length))
     }

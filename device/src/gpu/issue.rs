@@ -6,7 +6,7 @@
 use super::{
     flight::Held,
     kernels::Access,
-    mmu::{Mmu, Space},
+    mmu::{Mmu, Space, Translation},
     settings::{WORK_BYTES, WORK_STEPS},
     vram::Vram,
     work::{Operation, Window},
@@ -14,7 +14,6 @@ use super::{
 use farfault_protocol::{
     address::{GpuVa, PAGE_SIZE},
     event::{self, FaultCause},
-    pte::Location,
 };
 
 /// An access whose addresses were translated.
@@ -43,13 +42,13 @@ pub(crate) fn issue(
         let mut runs = Vec::new();
         let length = length.min(WORK_BYTES);
         mmu.translate_range(vram, space, va, length, access, &mut runs)
-            .map(|bytes| (runs, bytes))
+            .map(|(bytes, span)| (runs, bytes, span))
             .map_err(|cause| Denied { va, access, cause })
     };
-    let one = |start, length, access| {
+    let one = |start, span, access| {
         let held = Held {
             start,
-            length,
+            span,
             access,
         };
         [Some(held), None]
@@ -60,10 +59,10 @@ pub(crate) fn issue(
             length,
             pattern,
         } => {
-            let (to, bytes) = range(start, length, Write)?;
+            let (to, bytes, span) = range(start, length, Write)?;
             Issue {
                 operation: Operation::Fill { to, pattern },
-                held: one(start, bytes, Write),
+                held: one(start, span, Write),
                 bytes,
             }
         }
@@ -71,10 +70,10 @@ pub(crate) fn issue(
             from: start,
             length,
         } => {
-            let (from, bytes) = range(start, length, Read)?;
+            let (from, bytes, span) = range(start, length, Read)?;
             Issue {
                 operation: Operation::Sum { from },
-                held: one(start, bytes, Read),
+                held: one(start, span, Read),
                 bytes,
             }
         }
@@ -83,10 +82,10 @@ pub(crate) fn issue(
             length,
             addend,
         } => {
-            let (to, bytes) = range(start, length, Write)?;
+            let (to, bytes, span) = range(start, length, Write)?;
             Issue {
                 operation: Operation::Add { to, addend },
-                held: one(start, bytes, Write),
+                held: one(start, span, Write),
                 bytes,
             }
         }
@@ -95,49 +94,49 @@ pub(crate) fn issue(
             from: source,
             length,
         } => {
-            let (from, readable) = range(source, length, Read)?;
+            let (from, readable, of_source) = range(source, length, Read)?;
             // The runs of `from` may be longer then; a copy ends with its destination.
-            let (to, bytes) = range(destination, readable, Write)?;
-            let [first, _] = one(destination, bytes, Write);
-            let [second, _] = one(source, bytes, Read);
+            let (to, bytes, of_destination) = range(destination, readable, Write)?;
+            let [first, _] = one(destination, of_destination, Write);
+            let [second, _] = one(source, of_source, Read);
             Issue {
                 operation: Operation::Copy { to, from },
                 held: [first, second],
                 bytes,
             }
         }
-        Access::AtomicAdd { at, addend, times } => Issue {
-            operation: Operation::AtomicAdd {
-                at: word(mmu, vram, space, at, Atomic)?,
-                addend,
-                times: times.min(WORK_STEPS),
-            },
-            held: one(at, 8, Atomic),
-            bytes: 8,
-        },
+        Access::AtomicAdd { at, addend, times } => {
+            let Translation { target, span } = leaf(mmu, vram, space, at, Atomic)?;
+            Issue {
+                operation: Operation::AtomicAdd {
+                    at: target.at,
+                    addend,
+                    times: times.min(WORK_STEPS),
+                },
+                held: one(at, span, Atomic),
+                bytes: 8,
+            }
+        }
         Access::CompareAndSwap {
             at,
             expected,
             desired,
-        } => Issue {
-            operation: Operation::CompareAndSwap {
-                at: word(mmu, vram, space, at, Atomic)?,
-                expected,
-                desired,
-            },
-            held: one(at, 8, Atomic),
-            bytes: 8,
-        },
+        } => {
+            let Translation { target, span } = leaf(mmu, vram, space, at, Atomic)?;
+            Issue {
+                operation: Operation::CompareAndSwap {
+                    at: target.at,
+                    expected,
+                    desired,
+                },
+                held: one(at, span, Atomic),
+                bytes: 8,
+            }
+        }
         Access::Chase { start, steps } => {
             // From the page's begin, as pointers lead backwards too.
             let page = start.align_down(PAGE_SIZE);
-            let target = mmu
-                .translate(vram, space, page, Read)
-                .map_err(|cause| Denied {
-                    va: start,
-                    access: Read,
-                    cause,
-                })?;
+            let Translation { target, span } = leaf(mmu, vram, space, page, Read)?;
             Issue {
                 operation: Operation::Chase {
                     start,
@@ -147,7 +146,7 @@ pub(crate) fn issue(
                     },
                     steps: steps.min(WORK_STEPS),
                 },
-                held: one(page, target.length, Read),
+                held: one(start, span, Read),
                 bytes: 8,
             }
         }
@@ -155,15 +154,13 @@ pub(crate) fn issue(
     Ok(issue)
 }
 
-fn word(
+fn leaf(
     mmu: &mut Mmu,
     vram: &Vram,
     space: Space,
     va: GpuVa,
     access: event::Access,
-) -> Result<Location, Denied> {
-    match mmu.translate(vram, space, va, access) {
-        Ok(target) => Ok(target.at),
-        Err(cause) => Err(Denied { va, access, cause }),
-    }
+) -> Result<Translation, Denied> {
+    mmu.translate(vram, space, va, access)
+        .map_err(|cause| Denied { va, access, cause })
 }

@@ -119,6 +119,21 @@ fn job_that_touches_it_fails_with_its_page() {
 }
 
 #[test]
+fn chase_that_comes_to_it_from_another_page_fails_with_its_page() {
+    let mut rig = Rig::new();
+    rig.create_context(0);
+    rig.map_huge(0, VA, vram(2 * MIB), RW);
+    rig.gpu.poison(VramAddr::new(2 * MIB + BAD)).unwrap();
+    rig.take_events();
+    // At the end of the page before it.
+    rig.set_vram_word(2 * MIB + BAD - 8, VA + BAD);
+    rig.launch(0, 1, Kernel::PointerChase, &[VA + BAD - 8, 2], 1);
+    rig.run();
+    let fence = rig.take_fence();
+    assert_eq!(fence.page.get(), VA + BAD);
+}
+
+#[test]
 fn copy_that_touches_it_fails_with_its_run_and_gives_no_data() {
     let mut rig = rig();
     rig.take_events();

@@ -105,6 +105,36 @@ fn words_are_held_too() {
 }
 
 #[test]
+fn all_of_a_huge_leaf_is_held_wherever_the_access_is() {
+    let (first, last) = (VA, VA + 2 * MIB - PAGE);
+    for (kernel, arguments) in [
+        (Kernel::Fill, vec![first, PAGE, 1]),
+        (Kernel::Sum, vec![last, PAGE]),
+        (Kernel::Copy, vec![last, VA - PAGE, PAGE]),
+        (Kernel::Copy, vec![VA - PAGE, first, PAGE]),
+        (Kernel::AtomicAdd, vec![last, 1, 1]),
+        (Kernel::CompareAndSwap, vec![first, 0, 1]),
+        (Kernel::PointerChase, vec![last + 64, 1]),
+    ] {
+        let mut rig = Rig::new();
+        rig.create_context(0);
+        rig.map(0, VA - PAGE, system(0), 1, RW);
+        rig.map_huge(0, VA, vram(2 * MIB), RW);
+        rig.map(0, VA + 2 * MIB, system(MIB), 1, RW);
+        rig.launch(0, 1, kernel, &arguments, 1);
+        let work = next(&mut rig);
+        let entry = rig.entry(0, VA, 1);
+        rig.write_pte(entry, 0);
+        rig.control_ok(&invalidate(0, VA - 2 * PAGE, PAGE));
+        rig.control_ok(&invalidate(0, VA + 2 * MIB, PAGE));
+        let (tag, now) = rig.try_control(&invalidate(0, VA + 5 * PAGE, PAGE));
+        assert_eq!(now, None, "{kernel:?} {arguments:x?}");
+        rig.finish(work);
+        assert!(rig.late(tag).is_some());
+    }
+}
+
+#[test]
 fn work_that_begins_later_uses_the_new_translation_and_does_not_prolong_the_wait() {
     let mut rig = rig();
     rig.launch(0, 1, Kernel::AtomicAdd, &[VA, 1, u64::MAX], 3);

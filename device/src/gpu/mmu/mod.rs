@@ -33,6 +33,21 @@ pub struct Target {
     pub length: u64,
 }
 
+/// Addresses that whole leaves map: those from `start` and before `end`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+}
+
+/// A leaf, as an access uses it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Translation {
+    pub(crate) target: Target,
+    /// All that the leaf maps: what an invalidation may name to be meant.
+    pub(crate) span: Span,
+}
+
 /// What an MMU did so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct MmuStats {
@@ -68,14 +83,14 @@ impl Mmu {
         space: Space,
         va: GpuVa,
         access: Access,
-    ) -> Result<Target, FaultCause> {
+    ) -> Result<Translation, FaultCause> {
         if let Some(entry) = self
             .tlb
             .as_ref()
             .and_then(|tlb| tlb.lookup(space.context, va, access))
         {
             self.stats.hits += 1;
-            return Ok(target(entry.page, entry.huge, va));
+            return Ok(translation(entry.page, entry.huge, va));
         }
         self.stats.misses += 1;
         let leaf = walk::translate(vram, space.root, va, access)
@@ -84,11 +99,12 @@ impl Mmu {
             let evicted = tlb.insert(tlb::Entry::new(space.context, va, &leaf));
             self.stats.evictions += u64::from(evicted);
         }
-        Ok(target(leaf.pte.location(), leaf.is_huge(), va))
+        Ok(translation(leaf.pte.location(), leaf.is_huge(), va))
     }
 
     /// Where the first part of a range leads: appends to `runs`, with neighbours made one, until
-    /// `length` bytes or a fault. A fault of the first page is an error; returns the bytes.
+    /// `length` bytes or a fault. A fault of the first page is an error; returns the bytes, and what
+    /// their leaves map.
     pub(crate) fn translate_range(
         &mut self,
         vram: &Vram,
@@ -97,26 +113,35 @@ impl Mmu {
         length: u64,
         access: Access,
         runs: &mut Vec<Target>,
-    ) -> Result<u64, FaultCause> {
+    ) -> Result<(u64, Span), FaultCause> {
         let mut done = 0;
+        let mut span = Span {
+            start: va.get(),
+            end: va.get(),
+        };
         while done < length {
             // Past the last address there is nothing to translate; launches do not wrap around.
             let Some(next) = va.checked_add(done) else {
                 break;
             };
-            let mut target = match self.translate(vram, space, next, access) {
-                Ok(target) => target,
+            let Translation {
+                mut target,
+                span: Span { start, end },
+            } = match self.translate(vram, space, next, access) {
+                Ok(translation) => translation,
                 Err(cause) if done == 0 => return Err(cause),
                 Err(_) => break,
             };
             target.length = target.length.min(length - done);
             done += target.length;
+            span.start = span.start.min(start);
+            span.end = end;
             match runs.last_mut() {
                 Some(last) if follows(last, &target) => last.length += target.length,
                 _ => runs.push(target),
             }
         }
-        Ok(done)
+        Ok((done, span))
     }
 
     /// Drops the translations of a range.
@@ -154,12 +179,19 @@ pub(crate) fn advance(at: Location, offset: u64) -> Location {
     }
 }
 
-fn target(page: Location, huge: bool, va: GpuVa) -> Target {
+fn translation(page: Location, huge: bool, va: GpuVa) -> Translation {
     let size = if huge { HUGE_PAGE_SIZE } else { PAGE_SIZE };
-    let offset = va.get() & (size - 1);
-    Target {
-        at: advance(page, offset),
-        length: size - offset,
+    let start = va.align_down(size);
+    let offset = va.get() - start.get();
+    Translation {
+        target: Target {
+            at: advance(page, offset),
+            length: size - offset,
+        },
+        span: Span {
+            start: start.get(),
+            end: start.get().saturating_add(size),
+        },
     }
 }
 
