@@ -44,6 +44,8 @@ struct Queued {
 pub(crate) struct Events {
     /// Posted buffers that no event has taken.
     credits: u32,
+    /// Buffers that were taken by events and then lost. The next ones that are posted take their place.
+    lost_buffers: u32,
     /// Events that have taken a buffer, for the shell to fetch.
     outbox: VecDeque<Queued>,
     /// Ends of jobs for which there was no buffer. No more than jobs.
@@ -64,6 +66,7 @@ impl Default for Events {
     fn default() -> Self {
         Self {
             credits: 0,
+            lost_buffers: 0,
             outbox: VecDeque::new(),
             fences: VecDeque::new(),
             lost_faults: 0,
@@ -79,8 +82,22 @@ impl Default for Events {
 impl Events {
     /// Adds buffers.
     pub(crate) fn post(&mut self, count: u32, contexts: &mut Contexts) {
-        self.credits = self.credits.saturating_add(count);
+        let replaced = count.min(self.lost_buffers);
+        self.lost_buffers -= replaced;
+        self.credits = self.credits.saturating_add(count - replaced);
         self.write_waiting(contexts);
+    }
+
+    /// Takes a buffer away that cannot be written to.
+    pub(crate) fn lose_buffer(&mut self) {
+        if !self.take_credit() {
+            self.lost_buffers = self.lost_buffers.saturating_add(1);
+        }
+    }
+
+    /// The event that [`Self::pop`] takes.
+    pub(crate) fn first(&self) -> Option<&EventBytes> {
+        self.outbox.front().map(|event| &event.bytes)
     }
 
     /// The next event that has a buffer.

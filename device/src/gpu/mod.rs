@@ -265,6 +265,16 @@ impl Gpu {
         self.events.post(count, &mut self.contexts);
     }
 
+    /// Takes note that a posted buffer cannot be written to. The event for it waits for another.
+    pub fn lose_event_buffer(&mut self) {
+        self.events.lose_buffer();
+    }
+
+    /// What [`Self::next_event`] would return.
+    pub fn first_event(&self) -> Option<&EventBytes> {
+        self.events.first()
+    }
+
     /// An event to be written to a posted buffer, if there is one. It must be in the queue before
     /// any reply that this GPU returned later.
     pub fn next_event(&mut self) -> Option<EventBytes> {

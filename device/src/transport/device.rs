@@ -441,10 +441,11 @@ impl Drop for Workers {
 mod tests {
     use super::*;
     use crate::{gpu::Settings, transport::vring::Vring};
-    use farfault_protocol::event::EVENT_SIZE;
+    use farfault_protocol::event::{EVENT_SIZE, ErrorCode, ErrorEvent};
     use vhost_user_backend::VringT;
     use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
     use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
+    use zerocopy::FromBytes;
 
     const DESCRIPTORS: u64 = 0x1000;
     const AVAILABLE: u64 = 0x2000;
@@ -501,6 +502,22 @@ mod tests {
             self.memory.read_obj(GuestAddress(address)).unwrap()
         }
 
+        /// Code and detail of the errors that the device has written.
+        fn events(&self) -> Vec<(u32, u64)> {
+            let used = u64::from(self.read(USED + 2));
+            let entries = (0..used).map(|slot| USED + 4 + 8 * slot);
+            let written = entries.filter(|entry| self.read(entry + 4) != 0);
+            let event = |entry| {
+                let address = BUFFERS + u64::from(self.read(entry)) * EVENT_SIZE as u64;
+                let mut bytes = [0; EVENT_SIZE];
+                let address = GuestAddress(address);
+                self.memory.read_slice(&mut bytes, address).unwrap();
+                let error = ErrorEvent::read_from_bytes(&bytes).unwrap();
+                (error.code.get(), error.detail.get())
+            };
+            written.map(event).collect()
+        }
+
         /// The buffer that the device wants a kick for.
         fn kick_wanted_for(&self) -> u16 {
             self.read(USED + 4 + 8 * u64::from(SIZE))
@@ -519,5 +536,38 @@ mod tests {
         assert_eq!(rig.device.state.lock().queues.stats.event_buffers, 1);
         assert_eq!(rig.device.serve_round(queue::EVENT, seen), None);
         assert_eq!(rig.kick_wanted_for(), 1);
+    }
+
+    #[test]
+    fn event_whose_buffer_went_bad_comes_with_the_next_one() {
+        let mut rig = Rig::new();
+        for _ in 0..2 {
+            rig.post();
+        }
+        rig.device.serve(queue::EVENT);
+        // All RAM but the ring goes.
+        let ring_only = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), BUFFERS as usize)]);
+        let vram = |page: u64| VramAddr::new(page * 4096);
+        rig.device.with(|queues| {
+            let all = std::mem::replace(&mut queues.memory, Arc::new(ring_only.unwrap()));
+            queues.gpu.poison(vram(1)).unwrap();
+            queues.deliver();
+            queues.memory = all;
+        });
+        assert_eq!(rig.device.state.lock().queues.stats.bad_chains, 2);
+        assert_eq!(rig.events(), []);
+        for _ in 0..2 {
+            rig.post();
+        }
+        rig.device.serve(queue::EVENT);
+        let bad_descriptor = (ErrorCode::BadDescriptor.raw(), u64::from(queue::EVENT));
+        let poisoned = (ErrorCode::MemoryPoisoned.raw(), 4096);
+        assert_eq!(rig.events(), [poisoned, bad_descriptor]);
+        // Two buffers for two events: the GPU counts none that is gone.
+        rig.device
+            .with(|queues| queues.gpu.poison(vram(2)).unwrap());
+        assert_eq!(rig.events().len(), 2);
+        let waiting = rig.device.look(|gpu| gpu.first_event().copied());
+        assert_eq!(waiting, None);
     }
 }

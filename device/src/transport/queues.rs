@@ -297,9 +297,7 @@ impl Queues {
             // The rings may be those of another driver.
             return;
         }
-        while let Some(event) = self.gpu.next_event() {
-            self.write_event(&event);
-        }
+        self.write_events();
         while let Some(completion) = self.gpu.next_completion() {
             match self.pending.remove(&completion.tag) {
                 Some(Pending { queue, head, chain }) => {
@@ -413,19 +411,25 @@ impl Queues {
         }
     }
 
-    fn write_event(&mut self, event: &[u8; EVENT_SIZE]) {
-        // Buffers were checked when they were posted, so only a change of the guest's memory since
-        // then can make one bad.
-        while let Some((head, chain)) = self.event_buffers.pop_front() {
+    fn write_events(&mut self) {
+        while let Some(event) = self.gpu.first_event() {
+            // There is one for each event, unless the guest's memory has changed since they were
+            // posted, when they were checked. Then the event waits for the next.
+            let Some((head, chain)) = self.event_buffers.pop_front() else {
+                break;
+            };
             match chain.write(&self.memory, event) {
                 Ok(written) => {
+                    let _written = self.gpu.next_event();
                     self.stats.events += 1;
-                    return self.give_back(queue::EVENT, head, written);
+                    self.give_back(queue::EVENT, head, written);
                 }
-                Err(why) => self.give_back_bad(queue::EVENT, head, why),
+                Err(why) => {
+                    self.gpu.lose_event_buffer();
+                    self.give_back_bad(queue::EVENT, head, why);
+                }
             }
         }
-        log::error!("an event is lost: its buffer is gone");
     }
 
     fn give_back_bad(&mut self, index: u16, head: u16, why: BadChain) {
