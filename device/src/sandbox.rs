@@ -2,20 +2,21 @@
 //! What the process gives up before it serves anybody ([0014](../../docs/adr/0014-the-device-gives-up-what-it-does-not-need.md)).
 //!
 //! Two fences. A seccomp filter lets through only the system calls that a running device makes: no
-//! file is opened, nothing executed, nobody connected to; what is not on the list fails with `EPERM`.
-//! Landlock leaves, of the whole file system, the right to remove the sockets. Both hold for the
-//! thread that sets them up and for all that it makes later, and cannot be taken back.
+//! file is opened, nothing executed, nobody connected to, no other process gets a signal; what is not
+//! on the list fails with `EPERM`. Landlock leaves, of the whole file system, the right to remove the
+//! sockets, and forbids signals and abstract sockets to the outside once more. Both hold for the thread
+//! that sets them up and for all that it makes later, and cannot be taken back.
 //!
 //! A kernel or processor that lacks one of them is no error. Knows neither GPU nor transport.
 
 use landlock::{
-    ABI, Access, AccessFs, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    ABI, Access, AccessFs, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, Scope,
 };
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule,
 };
-use std::{collections::BTreeMap, env, path::Path};
+use std::{collections::BTreeMap, env, path::Path, process};
 
 /// Why there is no sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +88,6 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_shutdown,
     libc::SYS_sigaltstack,
     libc::SYS_statx,
-    libc::SYS_tgkill,
     libc::SYS_timerfd_create,
     libc::SYS_timerfd_settime,
     libc::SYS_unlinkat,
@@ -120,12 +120,13 @@ const CALLS_WITH: &[(libc::c_long, u8, u64)] = &[
 /// that they may remove.
 pub fn enter<'a>(sockets: impl IntoIterator<Item = &'a Path>) -> Result<(), SandboxError> {
     give_up_files(sockets)?;
-    give_up_calls()
+    give_up_calls(process::id())
 }
 
 fn give_up_files<'a>(sockets: impl IntoIterator<Item = &'a Path>) -> Result<(), SandboxError> {
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(LANDLOCK))?
+        .scope(Scope::from_all(LANDLOCK))?
         .create()?;
     for socket in sockets {
         let folder = socket.parent().filter(|path| !path.as_os_str().is_empty());
@@ -137,14 +138,16 @@ fn give_up_files<'a>(sockets: impl IntoIterator<Item = &'a Path>) -> Result<(), 
     Ok(())
 }
 
-fn give_up_calls() -> Result<(), SandboxError> {
+/// Signals are for threads of process `pid` only: an abort is one.
+fn give_up_calls(pid: u32) -> Result<(), SandboxError> {
     let Ok(target) = env::consts::ARCH.try_into() else {
         log::debug!("seccomp: no filter for {}", env::consts::ARCH);
         return Ok(());
     };
     let calls = CALLS.iter().chain(OLD_CALLS);
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls.map(|&call| (call, vec![])).collect();
-    for &(call, argument, value) in CALLS_WITH {
+    let signal = (libc::SYS_tgkill, 0, u64::from(pid));
+    for &(call, argument, value) in CALLS_WITH.iter().chain([&signal]) {
         let equal =
             SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?;
         rules.insert(call, vec![SeccompRule::new(vec![equal])?]);
@@ -167,14 +170,20 @@ fn give_up_calls() -> Result<(), SandboxError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use libc::{c_int, c_void, siginfo_t};
     use std::{
         fs::{self, File},
         io::{self, ErrorKind},
         net::{TcpListener, TcpStream, UdpSocket},
         os::unix::net::{UnixListener, UnixStream},
         process::Command,
+        sync::{
+            atomic::{AtomicBool, Ordering},
+            mpsc,
+        },
         thread,
     };
+    use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
     fn assert_refused<T>(what: &str, result: io::Result<T>) {
         match result {
@@ -251,5 +260,34 @@ mod tests {
             enter([ours.path().join("socket").as_path()]).unwrap();
             assert_refused("removing a file", fs::remove_file(&file));
         });
+    }
+
+    static SIGNALLED: AtomicBool = AtomicBool::new(false);
+
+    extern "C" fn note_signal(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
+        SIGNALLED.store(true, Ordering::SeqCst);
+    }
+
+    /// Signals a thread of this process from inside of a sandbox that takes process `pid` for its own;
+    /// whether the signal came.
+    fn signal_comes(pid: u32) -> bool {
+        SIGNALLED.store(false, Ordering::SeqCst);
+        let (end, wait) = mpsc::channel::<()>();
+        let receiver = thread::spawn(move || wait.recv());
+        inside(move || {
+            give_up_calls(pid).unwrap();
+            receiver.kill(SIGRTMIN()).unwrap();
+            drop(end);
+            // What was sent arrives before the thread ends.
+            let _ended = receiver.join().unwrap();
+        });
+        SIGNALLED.load(Ordering::SeqCst)
+    }
+
+    #[test]
+    fn signal_inside_reaches_the_own_process_only() {
+        register_signal_handler(SIGRTMIN(), note_signal).unwrap();
+        assert!(signal_comes(process::id()));
+        assert!(!signal_comes(process::id() + 1));
     }
 }
