@@ -152,7 +152,7 @@ impl Queues {
         self.rings.iter().flatten().any(Ring::is_running)
     }
 
-    /// How far each ring was taken; nobody knows of one that was never started.
+    /// How far each ring was taken; nothing of one that was never looked at.
     fn bases(&self) -> [Option<u16>; QUEUES] {
         self.rings
             .each_ref()
@@ -174,7 +174,8 @@ impl Queues {
         let mut answer = Restart::GoesOn;
         for (ring, before) in self.rings.iter().zip(before) {
             match ring.as_ref().filter(|ring| ring.is_running()) {
-                Some(ring) if Some(ring.base()) != before => {
+                // One that was never looked at before the stop was where it began.
+                Some(ring) if ring.base() != before.unwrap_or(0) => {
                     answer = Restart::Anew;
                     break;
                 }

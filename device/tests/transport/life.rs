@@ -3,7 +3,12 @@
 
 use crate::{
     device::{Device, program},
-    guest::{DATA, DEADLINE, Guest, copy, launch, nop, ram},
+    guest::{DATA, DEADLINE, GUEST_BASE, Guest, RING_SIZE, copy, launch, nop, ram},
+    ring::Ring,
+};
+use farfault_device::{
+    gpu::{Gpu, Settings},
+    transport::local::{Local, RingPlace},
 };
 use farfault_protocol::{
     address::VramAddr,
@@ -19,7 +24,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Makes a job that never ends by itself, and a lot of copies that are on their way.
 fn start_work(guest: &mut Guest) {
@@ -124,6 +129,36 @@ fn pause_of_the_vm_keeps_contexts_jobs_vram_and_replies() {
     assert_eq!(contexts.as_array().map(Vec::len), Some(1));
     let jobs = device.json(&["inspect", "jobs"]);
     assert_eq!(jobs.as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn pause_is_one_although_a_ring_is_first_looked_at_after_it() {
+    let ranges = [(GuestAddress(GUEST_BASE), 1 << 20)];
+    let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+    let rings = [0, 1, 2].map(|index| Ring::new(&memory, index, RING_SIZE));
+    let gpu = Gpu::new(Settings::new(4 << 20)).unwrap();
+    let device = Local::new(gpu).unwrap();
+    device.set_memory(memory.clone()).unwrap();
+    let start = |queue| {
+        let ring = &rings[usize::from(queue)];
+        let place = RingPlace {
+            size: ring.size,
+            descriptors: ring.descriptors(),
+            available: ring.available(),
+            used: ring.used(),
+            base: 0,
+        };
+        device.start(queue, place).unwrap();
+    };
+    (0..queue::COUNT).for_each(start);
+    device.kick(queue::SUBMIT).unwrap();
+    (0..queue::COUNT).for_each(|queue| device.stop(queue).unwrap());
+    // The kick of before the pause is heard now, with the other queues still to come.
+    start(queue::CONTROL);
+    device.kick(queue::CONTROL).unwrap();
+    start(queue::SUBMIT);
+    start(queue::EVENT);
+    assert_eq!(device.look(|gpu| gpu.stats().resets), 0);
 }
 
 #[test]
