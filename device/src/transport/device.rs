@@ -33,17 +33,15 @@ use farfault_protocol::{
 };
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde::Serialize;
-use std::{
-    io,
-    sync::Arc,
-    thread::JoinHandle,
-    time::{Duration, Instant},
-};
+use std::{io, sync::Arc, thread::JoinHandle, time::Duration};
 use vm_memory::GuestMemoryMmap;
 
 /// How long work in flight may take. It is some hundred KiB for each thread, so that only a host
-/// that hardly runs at all needs so much.
-const QUIET_LIMIT: Duration = Duration::from_secs(10);
+/// that hardly runs at all needs so much. It is waited for in slices: when the process was stopped
+/// for a while, one is over, and the workers still have all others.
+const QUIET_LIMIT: Duration = QUIET_SLICE.saturating_mul(QUIET_SLICES);
+const QUIET_SLICE: Duration = Duration::from_millis(100);
+const QUIET_SLICES: u32 = 100;
 
 /// One GPU, for one VM after the other.
 pub struct Device {
@@ -238,12 +236,11 @@ impl Device {
 
     /// Waits until no work is in flight.
     fn wait_quiet(&self, state: &mut MutexGuard<'_, State>) -> io::Result<()> {
-        let deadline = Instant::now() + QUIET_LIMIT;
+        let mut slices = QUIET_SLICES;
         state.holds += 1;
-        while state.queues.gpu.work_in_flight() != 0 {
-            if self.quiet.wait_until(state, deadline).timed_out() {
-                break;
-            }
+        while state.queues.gpu.work_in_flight() != 0 && slices > 0 {
+            let over = self.quiet.wait_for(state, QUIET_SLICE).timed_out();
+            slices -= u32::from(over);
         }
         state.holds -= 1;
         self.work.notify_one();
@@ -410,7 +407,11 @@ impl Answer for Device {
                 serde_json::to_value(CopiesState { copies: on })
             }
             Request::Poison { address } => {
-                let poison = |queues: &mut Queues| queues.gpu.poison(VramAddr::new(address));
+                let poison = |queues: &mut Queues| {
+                    // A buffer that was posted without a kick is for this, not for what comes next.
+                    queues.refill_event_buffers();
+                    queues.gpu.poison(VramAddr::new(address))
+                };
                 if let Err(error) = self.with(poison) {
                     return Response::Error(format!("cannot poison {address:#x}: {error}"));
                 }
