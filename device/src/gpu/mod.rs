@@ -224,6 +224,9 @@ impl Gpu {
         if !self.vram.contains(page, PAGE_SIZE) {
             return Err(PoisonError::NotVram);
         }
+        if self.resetting {
+            return Err(PoisonError::Resetting);
+        }
         if self.vram.poisoned_pages().len() >= MAX_POISONED {
             return Err(PoisonError::TooMany);
         }

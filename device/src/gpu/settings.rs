@@ -81,6 +81,9 @@ pub enum PoisonError {
     /// It is none of VRAM.
     #[error("there is no VRAM at this address")]
     NotVram,
+    /// A reset is under way, which would make it whole at once.
+    #[error("the GPU is being reset; try again")]
+    Resetting,
     /// There are enough.
     #[error("{MAX_POISONED} pages are poisoned already; a reset of the GPU makes them whole")]
     TooMany,

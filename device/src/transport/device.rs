@@ -571,4 +571,13 @@ mod tests {
         let waiting = rig.device.look(|gpu| gpu.first_event().copied());
         assert_eq!(waiting, None);
     }
+
+    #[test]
+    fn poisoned_page_is_told_in_a_buffer_that_had_no_kick() {
+        let mut rig = Rig::new();
+        rig.post();
+        let answer = rig.device.answer(Request::Poison { address: 4096 });
+        assert!(matches!(answer, Response::Ok(_)));
+        assert_eq!(rig.events(), [(ErrorCode::MemoryPoisoned.raw(), 4096)]);
+    }
 }

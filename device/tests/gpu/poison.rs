@@ -175,6 +175,18 @@ fn zeroes_over_untouched_memory_find_it_too() {
 }
 
 #[test]
+fn page_of_a_gpu_that_is_being_reset_cannot_be_poisoned() {
+    let mut rig = rig();
+    rig.launch(0, 1, Kernel::Fill, &[VA, PAGE, 1], 1);
+    let work = rig.gpu.next_work().expect("there is work");
+    rig.gpu.reset();
+    let again = |rig: &mut Rig| rig.gpu.poison(VramAddr::new(0));
+    assert_eq!(again(&mut rig), Err(PoisonError::Resetting));
+    rig.finish(work);
+    assert_eq!(again(&mut rig), Ok(()));
+}
+
+#[test]
 fn reset_makes_all_memory_sound() {
     let mut rig = rig();
     rig.gpu.reset();
