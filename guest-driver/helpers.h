@@ -41,6 +41,8 @@ void farfault_c_folio_put(struct folio *folio);
 void farfault_c_folio_mark_dirty(struct folio *folio);
 bool farfault_c_folio_is_charged(struct folio *folio);
 bool farfault_c_folio_test_ksm(const struct folio *folio);
+bool farfault_c_folio_hold(struct folio *folio);
+void farfault_c_folio_release(struct folio *folio);
 struct folio *farfault_c_vma_alloc_folio(unsigned int order, bool retry,
 					 struct vm_area_struct *vma, unsigned long addr);
 struct folio *farfault_c_folio_alloc(unsigned int order, bool retry);

@@ -25,7 +25,6 @@ use core::{marker::PhantomData, ops::Range, ptr, ptr::NonNull, slice};
 use kernel::{
     error::to_result,
     page::{PAGE_SHIFT, PAGE_SIZE},
-    pr_err_once,
     prelude::*,
 };
 
@@ -54,12 +53,14 @@ enum Arrays {
 }
 
 impl Arrays {
+    /// Twice as many entries as there are pages: `migrate_vma_collect_pmd()` writes the entries of a range
+    /// once more where the page table has gone while it split a folio (`docs/kernel-findings.md`, 11).
     fn new(pages: usize) -> Result<Self> {
         Ok(match pages {
             1 => Self::Page { src: 0, dst: 0 },
             _ => Self::Pages {
-                src: KVVec::from_elem(0, pages, GFP_KERNEL)?,
-                dst: KVVec::from_elem(0, pages, GFP_KERNEL)?,
+                src: KVVec::from_elem(0, 2 * pages, GFP_KERNEL)?,
+                dst: KVVec::from_elem(0, 2 * pages, GFP_KERNEL)?,
             },
         })
     }
@@ -142,10 +143,12 @@ enum Kind {
 /// - The pages in `src` are locked and referenced for this migration; those in `dst` are locked and
 ///   referenced, and belong to it.
 /// - But for [`Kind::DeviceRange`], `args.vma` is valid and its mmap lock is held, for `'a`.
+/// - If `held`, each folio of [`huge_in_vram`] has the spare mappings of `zap.c`.
 struct Raw<'a> {
     args: bindings::migrate_vma,
     kind: Kind,
     arrays: Arrays,
+    held: bool,
     _lock: PhantomData<Vma<'a>>,
 }
 
@@ -186,12 +189,55 @@ impl<'a> Raw<'a> {
         // and referenced by the core.
         to_result(unsafe { bindings::migrate_vma_setup(&mut args) })?;
         // INVARIANT: `migrate_vma_setup()` has filled `npages` entries of both arrays.
-        Ok(Self {
+        let mut raw = Self {
             args,
             kind,
             arrays,
+            held: false,
             _lock: PhantomData,
-        })
+        };
+        if raw.args.npages != len >> PAGE_SHIFT {
+            // Some are there twice, and all behind them are not where they seem.
+            raw.src_mut().iter_mut().for_each(|src| *src &= !MIGRATE);
+        }
+        raw.hold();
+        Ok(raw)
+    }
+
+    /// Keeps huge folios of VRAM from those who zap the migration entries that map them now.
+    fn hold(&mut self) {
+        if self.kind == Kind::SystemToDevice {
+            return;
+        }
+        for src in self.src_mut() {
+            let Some(folio) = huge_in_vram(*src) else {
+                continue;
+            };
+            // SAFETY: A folio that this migration has locked.
+            unsafe {
+                if !bindings::farfault_c_folio_hold(folio) {
+                    // Somebody was faster, and nobody has it any more.
+                    bindings::farfault_c_folio_unlock(folio);
+                    *src = 0;
+                }
+            }
+        }
+        // INVARIANT: All of them, just now.
+        self.held = true;
+    }
+
+    /// The end of [`Raw::hold`] for those which `ends`, by source and destination, if any are held. Nothing
+    /// may map them yet.
+    fn release(&mut self, ends: impl Fn(usize, usize) -> bool) {
+        if !self.held {
+            return;
+        }
+        for (&src, &dst) in self.src().iter().zip(self.dst()) {
+            if let Some(folio) = huge_in_vram(src | MIGRATE).filter(|_| ends(src, dst)) {
+                // SAFETY: By the type invariant it is held, from now on no more.
+                unsafe { bindings::farfault_c_folio_release(folio) };
+            }
+        }
     }
 
     fn src(&self) -> &[usize] {
@@ -232,6 +278,8 @@ impl Drop for Raw<'_> {
             // SAFETY: By the type invariant; this is the only call.
             unsafe { bindings::migrate_vma_finalize(args) };
         }
+        // What has moved was held up to here.
+        self.release(|src, _| src & MIGRATE != 0);
     }
 }
 
@@ -255,9 +303,14 @@ impl<'a> Collected<'a> {
     ) -> Result<Self> {
         let none = ptr::null_mut();
         let mut collected = Self::vma(Kind::SystemToDevice, vma, range, owner, huge, none)?;
-        collected.raw.src_mut().iter_mut().for_each(|src| {
+        let watched = vma.has_userfaultfd();
+        for src in collected.raw.src_mut() {
             leave_if_ksm(src);
-        });
+            // The core takes the zero page for a hole, and forgets that it may be write-protected.
+            if watched && *src & VALID == 0 {
+                *src &= !MIGRATE;
+            }
+        }
         Ok(collected)
     }
 
@@ -270,9 +323,7 @@ impl<'a> Collected<'a> {
         huge: Huge,
     ) -> Result<Self> {
         let none = ptr::null_mut();
-        let mut collected = Self::vma(Kind::DeviceToSystem, vma, range, owner, huge, none)?;
-        collected.leave_uncharged();
-        Ok(collected)
+        Self::vma(Kind::DeviceToSystem, vma, range, owner, huge, none)
     }
 
     /// Like [`Collected::device_to_system`], for `migrate_to_ram`: the page of `fault` is among
@@ -284,9 +335,7 @@ impl<'a> Collected<'a> {
         } else {
             Huge::Split
         };
-        let mut collected = Self::vma(Kind::Fault, fault.vma(), range, owner, huge, fault.page())?;
-        collected.leave_uncharged();
-        Ok(collected)
+        Self::vma(Kind::Fault, fault.vma(), range, owner, huge, fault.page())
     }
 
     fn vma(
@@ -326,31 +375,20 @@ impl<'a> Collected<'a> {
         let first = map.pfn(super::pagemap::DevicePage(pages.start));
         // SAFETY: The array has `npages` entries, and the frames are of a registered pagemap.
         to_result(unsafe { bindings::migrate_device_range(args.src, first.0, npages) })?;
-        arrays.both_mut().0.iter_mut().for_each(|src| {
-            leave_if_uncharged(src);
-        });
+        arrays.both_mut().0.iter_mut().for_each(leave_if_uncharged);
         // INVARIANT: `migrate_device_range()` has filled `src`, and there are no destinations yet.
+        let mut raw = Raw {
+            args,
+            kind: Kind::DeviceRange,
+            arrays,
+            held: false,
+            _lock: PhantomData,
+        };
+        raw.hold();
         Ok(Self {
-            raw: Raw {
-                args,
-                kind: Kind::DeviceRange,
-                arrays,
-                _lock: PhantomData,
-            },
+            raw,
             committed: false,
         })
-    }
-
-    /// Lets pages be that are mapped and have no charge, which cannot be: what is here has gone wrong
-    /// before, and is at least told.
-    fn leave_uncharged(&mut self) {
-        for src in self.raw.src_mut() {
-            if leave_if_uncharged(src) {
-                pr_err_once!(
-                    "a page of VRAM that is mapped is charged to no memory cgroup, and stays in VRAM\n"
-                );
-            }
-        }
     }
 
     /// The first folio that may move from page `from` on. Holes are found in both directions; those
@@ -431,25 +469,6 @@ impl<'a> Collected<'a> {
         Ok(())
     }
 
-    /// Frees the destination of page `index`, if it has one: the page stays where it is.
-    pub(crate) fn clear(&mut self, index: usize) {
-        let Some(dst) = self.raw.dst_mut().get_mut(index) else {
-            return;
-        };
-        let dst = core::mem::take(dst);
-        if dst & VALID == 0 {
-            return;
-        }
-        // SAFETY: By the invariant of `Raw` the destination is locked and referenced by this
-        // migration, which has forgotten it just now.
-        unsafe {
-            let page = bindings::farfault_c_pfn_to_page(dst >> SHIFT);
-            let folio = bindings::farfault_c_page_folio(page);
-            bindings::farfault_c_folio_unlock(folio);
-            bindings::farfault_c_folio_put(folio);
-        }
-    }
-
     /// Never gives the destinations back to the system: a device that was told to write to them has
     /// not said that it is done.
     pub(crate) fn leak_destinations(&mut self) {
@@ -467,43 +486,24 @@ impl<'a> Collected<'a> {
     /// Moves what has a destination. The copies must be complete, and seen by the CPUs.
     pub(crate) fn pages(mut self) -> Migrated<'a> {
         self.committed = true;
+        // What is to be split, or stays.
+        self.raw
+            .release(|src, dst| src & MIGRATE != 0 && dst & COMPOUND == 0);
         let kind = self.raw.kind;
         let args = self.raw.args();
         if kind == Kind::DeviceRange {
             // SAFETY: Collected by `migrate_device_range()`; destinations are locked.
             unsafe { bindings::migrate_device_pages(args.src, args.dst, args.npages) };
-            self.drop_uncharged();
         } else {
             // SAFETY: Collected by `migrate_vma_setup()`; destinations are locked.
             unsafe { bindings::migrate_vma_pages(args) };
         }
+        // What should have moved, and has not.
+        self.raw
+            .release(|src, dst| src & MIGRATE == 0 && dst & COMPOUND != 0);
         // SAFETY: `self` is forgotten without running its drop, so `raw` has one owner.
         let raw = unsafe { ptr::read(&core::mem::ManuallyDrop::new(self).raw) };
         Migrated { raw }
-    }
-
-    /// Frees what has moved and is not charged to a memory cgroup all the same, with the page that it was:
-    /// nobody maps it, and the core would look for its LRU list for ever (`docs/kernel-findings.md`, 5).
-    fn drop_uncharged(&mut self) {
-        for index in 0..self.raw.args.npages {
-            let (src, dst) = (self.raw.src()[index], self.raw.dst()[index]);
-            if src & (VALID | MIGRATE) != VALID | MIGRATE || dst & VALID == 0 {
-                continue;
-            }
-            // SAFETY: By the invariant of `Raw` both are locked and referenced by this migration.
-            let charged = unsafe {
-                let page = bindings::farfault_c_pfn_to_page(dst >> SHIFT);
-                bindings::farfault_c_folio_is_charged(bindings::farfault_c_page_folio(page))
-            };
-            if charged {
-                continue;
-            }
-            self.clear(index);
-            // It is given back in the same way.
-            self.raw.src_mut()[index] = 0;
-            self.raw.dst_mut()[index] = src;
-            self.clear(index);
-        }
     }
 
     /// Whether a folio of `order` may be the destination of page `index`.
@@ -540,6 +540,8 @@ impl<'a> Collected<'a> {
 impl Drop for Collected<'_> {
     fn drop(&mut self) {
         if !self.committed {
+            self.raw.release(|src, _| src & MIGRATE != 0);
+            self.raw.held = false;
             // What is not marked as migrating is restored when `raw` finalizes.
             self.raw
                 .src_mut()
@@ -573,6 +575,15 @@ impl Migrated<'_> {
     }
 }
 
+/// The folio of a source that is to move and huge.
+fn huge_in_vram(src: usize) -> Option<*mut bindings::folio> {
+    const HUGE: usize = VALID | MIGRATE | COMPOUND;
+    // SAFETY: A page that was collected.
+    (src & HUGE == HUGE).then(|| unsafe {
+        bindings::farfault_c_page_folio(bindings::farfault_c_pfn_to_page(src >> SHIFT))
+    })
+}
+
 /// The order that an entry of either array says.
 fn order_of(entry: usize) -> u32 {
     if entry & COMPOUND == 0 {
@@ -585,37 +596,34 @@ fn order_of(entry: usize) -> u32 {
 /// Lets a folio be that another migration is about to free: one that has moved, or the destination of
 /// one that has not. `migrate_device_range()` finds such a folio between `folio_unlock()` and
 /// `folio_put()`. It is not charged to a memory cgroup, so what takes its place would not be either,
-/// and the core looks for the LRU list of that for ever (`docs/kernel-findings.md`, 5). Returns whether it
-/// was so.
-fn leave_if_uncharged(src: &mut usize) -> bool {
+/// and the core looks for the LRU list of that for ever (`docs/kernel-findings.md`, 5).
+fn leave_if_uncharged(src: &mut usize) {
     // SAFETY: `leave_if` passes a folio that is locked and referenced.
     leave_if(src, |folio| unsafe {
         !bindings::farfault_c_folio_is_charged(folio)
-    })
+    });
 }
 
 /// Lets a page be that KSM has merged. The core would move it, but ksmd goes on to compare other pages
 /// with it, by an address that memory of a device does not have (`docs/kernel-findings.md`, 6).
 fn leave_if_ksm(src: &mut usize) {
     // SAFETY: `leave_if` passes a folio that is locked and referenced.
-    let _ = leave_if(src, |folio| unsafe {
+    leave_if(src, |folio| unsafe {
         bindings::farfault_c_folio_test_ksm(folio)
     });
 }
 
-/// Lets a collected folio be for which `is_so`. Returns whether it was.
-fn leave_if(src: &mut usize, is_so: impl FnOnce(*mut bindings::folio) -> bool) -> bool {
+/// Lets a collected folio be for which `is_so`.
+fn leave_if(src: &mut usize, is_so: impl FnOnce(*mut bindings::folio) -> bool) {
     if *src & (VALID | MIGRATE) != VALID | MIGRATE {
-        return false;
+        return;
     }
     // SAFETY: The folio is locked and referenced for this migration.
     let folio = unsafe {
         let page = bindings::farfault_c_pfn_to_page(*src >> SHIFT);
         bindings::farfault_c_page_folio(page)
     };
-    let leave = is_so(folio);
-    if leave {
+    if is_so(folio) {
         *src &= !MIGRATE;
     }
-    leave
 }

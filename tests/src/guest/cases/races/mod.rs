@@ -14,6 +14,7 @@ mod recycle;
 mod torn;
 mod workers;
 mod written;
+mod zap;
 
 use crate::guest::Case;
 
@@ -26,4 +27,5 @@ pub(super) const GROUPS: &[&[Case]] = &[
     hostile::CASES,
     oversubscription::CASES,
     recheck::CASES,
+    zap::CASES,
 ];
