@@ -388,9 +388,7 @@ impl Gpu {
             "{what} ({error:?}): the device is lost. Jobs fail; what only VRAM held is gone\n"
         );
         for context in self.contexts.numbers() {
-            self.contexts.with(context, |space| {
-                space.jobs.close(uapi::JobStatus::DeviceLost)
-            });
+            self.contexts.with(context, |space| space.lose_jobs());
         }
     }
 

@@ -140,8 +140,10 @@ impl virtio::Driver for Driver {
     fn restore<'bound>(device: &'bound Device<Core<'_>>, data: Pin<&Self::Data<'bound>>) -> Result {
         let device: &'bound Device<Bound> = device;
         let gpu = &data.running.0;
-        let found = find_queues(device, gpu)?;
-        gpu.resume(&found)?;
+        let lost =
+            |error: &Error| gpu.lose("it did not come back from the machine's sleep", *error);
+        let found = find_queues(device, gpu).inspect_err(lost)?;
+        gpu.resume(&found).inspect_err(lost)?;
         *data.queues.lock() = Some(found);
         Ok(())
     }

@@ -292,9 +292,14 @@ impl Victim<'_> {
         page.block() == self.index
     }
 
-    /// All its pages, used or not.
+    /// Its pages, from the first one in use on: what was before that may look as if it still were, and mm
+    /// would pass over all behind it.
     pub(crate) fn pages(&self) -> core::ops::Range<usize> {
-        self.index * BLOCK_PAGES..(self.index + 1) * BLOCK_PAGES
+        let state = self.vram.state.lock();
+        let block = state.blocks.get(self.index);
+        let is_used = |slot: &usize| block.is_some_and(|block| block.is_used(*slot));
+        let first = (0..BLOCK_PAGES).find(is_used).unwrap_or(0);
+        self.index * BLOCK_PAGES + first..(self.index + 1) * BLOCK_PAGES
     }
 
     /// Whether none of its pages is in use any more.

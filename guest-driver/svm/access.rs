@@ -167,7 +167,9 @@ impl<'a> Window<'a> {
 impl Drop for Window<'_> {
     fn drop(&mut self) {
         let end = WINDOW + self.len();
-        if self.space.unmap(WINDOW..end).is_err() && !self.space.is_closed() {
+        let unmapped = self.space.unmap(WINDOW..end).is_ok() || self.space.is_closed();
+        // One that is lost may only be slow.
+        if !unmapped || self.space.gpu.reachable().is_err() {
             // The device may use it yet, and nobody can tell when it is done.
             core::mem::forget(self.bounce.take());
         }

@@ -127,7 +127,8 @@ impl Gpu {
         };
         victim.residents(&mut residents)?;
         if !residents.is_empty() {
-            // Keeps munmap and exit out while the mappings of its pages are walked.
+            // Keeps exit out while the mappings of its pages are walked, and munmap from beginning: what that
+            // does last, it does with this lock for reading (`docs/kernel-findings.md`, 1).
             let lock = mm.as_deref().map(|mm| match cause {
                 Cause::Evict => MmapLock::read_soon(mm).ok_or(EBUSY),
                 _ => Ok(MmapLock::read(mm)),

@@ -136,17 +136,18 @@ impl Jobs {
         self.ended.notify_all();
     }
 
-    /// Ends all jobs that run, and takes no more.
-    pub(crate) fn close(&self, status: uapi::JobStatus) {
+    /// Ends all jobs that run, and takes no more; `before` as for [`Jobs::end`], for each.
+    pub(crate) fn close(&self, status: uapi::JobStatus, before: impl Fn()) {
         self.list.lock().closed.get_or_insert(status);
-        self.end_all(status);
+        self.end_all(status, before);
     }
 
-    /// Ends all jobs that run.
-    pub(crate) fn end_all(&self, status: uapi::JobStatus) {
+    /// Ends all jobs that run; `before` as for [`Jobs::end`], for each.
+    pub(crate) fn end_all(&self, status: uapi::JobStatus, before: impl Fn()) {
         let mut list = self.list.lock();
-        for job in list.jobs.iter_mut() {
-            job.outcome.get_or_insert(Outcome::failed(status));
+        for job in list.jobs.iter_mut().filter(|job| job.outcome.is_none()) {
+            before();
+            job.outcome = Some(Outcome::failed(status));
         }
         drop(list);
         self.ended.notify_all();
@@ -174,7 +175,8 @@ impl Jobs {
             if let Some(ended) = list.collect(fence)? {
                 return Ok(ended);
             }
-            let slice = msecs_to_jiffies(CHECK_MS).min(left.unwrap_or(Jiffies::MAX));
+            let check = msecs_to_jiffies(CHECK_MS);
+            let slice = check.min(left.unwrap_or(Jiffies::MAX));
             if slice == 0 {
                 return Err(ETIMEDOUT);
             }
@@ -183,8 +185,11 @@ impl Jobs {
                 CondVarTimeoutResult::Woken { jiffies } => slice - jiffies.min(slice),
                 CondVarTimeoutResult::Timeout => {
                     drop(list);
-                    // When it fails, the device was lost and the job has ended: collect that.
-                    let _ = alive();
+                    // When it fails, the device was lost and the job has ended: collect that. A limit
+                    // that is shorter is not to be waited for twice.
+                    if slice == check {
+                        let _ = alive();
+                    }
                     slice
                 }
             };

@@ -115,6 +115,8 @@ impl Service {
 pub(crate) struct Space {
     gpu: Arc<Gpu>,
     context: u32,
+    /// No job of this address space has a smaller one.
+    first_fence: u64,
     /// The device knows it, or did before the machine went to sleep.
     begun: Atomic<bool>,
     /// The address space ends: no more faults are served.
@@ -184,6 +186,7 @@ impl Space {
             try_pin_init!(Self {
                 gpu: gpu.clone(),
                 context,
+                first_fence: gpu.new_fence(),
                 begun: Atomic::new(false),
                 closing: Atomic::new(false),
                 closed: Atomic::new(false),
@@ -299,7 +302,11 @@ impl Space {
     }
 
     fn launch(&self, fence: u64, kernel: u32, waves: u32, arguments: [u64; 4]) -> Result {
-        self.jobs.begin(fence)?;
+        self.jobs.begin(fence).map_err(|error| match error {
+            // Closed: which of both is the GPU's to say.
+            ENODEV => self.gpu.usable().err().unwrap_or(ENODEV),
+            error => error,
+        })?;
         let launch = Launch {
             header: CommandHeader::new(Opcode::Launch.raw(), size_of::<Launch>() as u32),
             context: self.context.into(),
@@ -326,13 +333,24 @@ impl Space {
         if !self.jobs.is_running(fence)? {
             return Ok(());
         }
-        let mut batch = Batch::new()?;
+        // Without the lock the context could leave the device first, which the device would complain of.
+        let mut tables = self.mirror.lock();
+        let Tables { table, batch } = &mut *tables;
+        if table.is_none() {
+            return Ok(());
+        }
         batch.clear();
         batch.kill_job(self.context, fence)?;
         // The job may have ended by itself in the meantime: both are fine.
         self.gpu
-            .control_tolerating(&mut batch, Status::NoSuchJob)
+            .control_tolerating(batch, Status::NoSuchJob)
             .map(|_| ())
+    }
+
+    /// The device is lost, and the jobs with it.
+    pub(crate) fn lose_jobs(&self) {
+        let count = || self.count(|c| &c.jobs, 1);
+        self.jobs.close(uapi::JobStatus::DeviceLost, count);
     }
 
     /// The device reports the end of a job.
@@ -356,7 +374,10 @@ impl Space {
 
     /// The device reports a fault. The caller enqueues the address space when it has passed all on.
     pub(crate) fn fault_event(&self, event: &FaultEvent) {
-        self.pending.lock().push(event);
+        // Of a job of who had the context's number before: it has gone, and its faults with it.
+        if event.fence.get() >= self.first_fence {
+            self.pending.lock().push(event);
+        }
     }
 
     /// The device lost reports: all waves that wait without one must fault again.
@@ -374,7 +395,7 @@ impl Space {
         let service = self.service.lock();
         let table = self.leave_device();
         // Only now: who is told that a job ended may use its memory again.
-        self.jobs.close(status);
+        self.jobs.close(status, || self.count(|c| &c.jobs, 1));
         self.closed.store(true, Relaxed);
         if let Some(table) = table {
             table.end(&self.gpu.vram);
@@ -397,7 +418,8 @@ impl Space {
     pub(crate) fn suspend(&self) {
         let _service = self.service.lock();
         let table = self.leave_device();
-        self.jobs.end_all(uapi::JobStatus::Killed);
+        let count = || self.count(|c| &c.jobs, 1);
+        self.jobs.end_all(uapi::JobStatus::Killed, count);
         if let Some(table) = table {
             table.end(&self.gpu.vram);
         }
@@ -405,7 +427,11 @@ impl Space {
 
     /// The address space is on the device again, with nothing mapped.
     pub(crate) fn resume(&self) -> Result {
-        if self.is_closing() || !self.begun.load(Relaxed) {
+        // Who closes it is done with it first, or waits.
+        let Ok(_service) = self.service() else {
+            return Ok(());
+        };
+        if !self.begun.load(Relaxed) {
             return Ok(());
         }
         self.start()

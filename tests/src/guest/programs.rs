@@ -48,6 +48,8 @@ pub const FAULT_FOR_EVER: &str = "fault-for-ever";
 pub const MIGRATE_FOR_EVER: &str = "migrate-for-ever";
 /// Works on more than VRAM holds.
 pub const EVICT_FOR_EVER: &str = "evict-for-ever";
+/// Starts jobs, and ends them.
+pub const KILL_FOR_EVER: &str = "kill-for-ever";
 /// Its standard input is somebody else's GPU.
 pub(super) const USE_STDIN: &str = "use-stdin";
 /// Prepares pages in all states, prints a [`Report`] and holds still until it gets a line.
@@ -105,6 +107,10 @@ pub(super) const PROGRAMS: &[Program] = &[
     Program {
         name: EVICT_FOR_EVER,
         run: evict_for_ever,
+    },
+    Program {
+        name: KILL_FOR_EVER,
+        run: kill_for_ever,
     },
     Program {
         name: USE_STDIN,
@@ -262,6 +268,20 @@ fn evict_for_ever(_: &[String]) -> Result<()> {
     loop {
         for region in regions {
             Job::add(region, 1).waves(8).run(&gpu)?;
+        }
+    }
+}
+
+fn kill_for_ever(_: &[String]) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(PAGE_SIZE, Backing::Small)?;
+    loop {
+        let fences: Vec<_> = (0..8)
+            .map(|_| Job::endless(region).submit(&gpu))
+            .collect::<Result<_, _>>()?;
+        for fence in fences {
+            call::kill(&gpu, fence)?;
+            call::wait(&gpu, fence, call::JOB_TIME)?;
         }
     }
 }

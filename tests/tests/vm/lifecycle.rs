@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use farfault_tests::guest::{
     Machine,
     programs::{
-        DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_CLOSED, HOLD_OPEN, LOSE_DRIVER,
+        DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_CLOSED, HOLD_OPEN, KILL_FOR_EVER, LOSE_DRIVER,
         MIGRATE_FOR_EVER, READY,
     },
 };
@@ -138,7 +138,12 @@ fn unbind_with_an_open_descriptor_revokes_it_and_brings_pages_home(
 
 fn unbind_under_load_ends_in_time(vm: &mut Vm, machines: &Machines) -> Result<()> {
     for _ in 0..3 {
-        let load = [FAULT_FOR_EVER, MIGRATE_FOR_EVER, EVICT_FOR_EVER];
+        let load = [
+            FAULT_FOR_EVER,
+            MIGRATE_FOR_EVER,
+            EVICT_FOR_EVER,
+            KILL_FOR_EVER,
+        ];
         let processes = load
             .map(|program| vm.spawn(&[farfault_tests::guest::PROGRAM, program]))
             .into_iter()

@@ -18,6 +18,7 @@ group! { "advise", on Small, seconds 60:
     prefer_gpu_with_holes_and_several_mappings_moves_each,
     prefer_cpu_brings_the_page_to_ram_and_maps_it_there,
     map_only_maps_the_page_where_it_is,
+    pages_next_to_others_are_left_for_their_own_advice,
     advice_alone_moves_nothing,
     advice_of_parts_is_shown_page_by_page,
     advice_survives_munmap_and_ends_with_the_descriptor,
@@ -137,6 +138,24 @@ fn map_only_maps_the_page_where_it_is() -> Result<()> {
             ensure!(touched.gpu.place == place, "{touched:?}");
             oracle::check(region, SEED, 1)?;
         }
+    }
+    Ok(())
+}
+
+/// Neighbours are mapped along with the page that faults, but not those that another place is better for.
+fn pages_next_to_others_are_left_for_their_own_advice() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    for advice in [Advice::PreferCpu, Advice::MapOnly] {
+        let region = written(HUGE_PAGE_SIZE, Backing::Small)?;
+        let first = region.part(0, 4 * PAGE_SIZE);
+        gpu.advise(region.pages(), Advice::Default)?;
+        gpu.advise(first.pages(), advice)?;
+        Job::add(page(region, 0), 0).run(&gpu)?;
+        Job::add(page(region, 5), 0).run(&gpu)?;
+        ensure_place(&gpu, first, Place::Ram)?;
+        ensure_place(&gpu, page(region, 5), Place::Vram)?;
+        oracle::check(region, SEED, 0)?;
+        region.unmap()?;
     }
     Ok(())
 }

@@ -4,8 +4,9 @@
 use crate::guest::{
     VRAM,
     call::Job,
+    child::{Gate, code},
     oracle,
-    place::{count, ensure_place, migrate},
+    place::{count, ensure_place, migrate, move_all},
 };
 use anyhow::{Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -19,6 +20,7 @@ group! { "eviction", on Small, seconds 300:
     small_pages_of_twice_the_vram_make_the_round_trip,
     request_for_more_than_vram_moves_what_fits,
     block_in_use_stays_while_others_go,
+    pages_that_are_not_where_they_were_put_make_room,
     several_processes_share_vram_and_keep_their_data,
     two_descriptors_of_one_process_evict_each_other,
 }
@@ -93,6 +95,36 @@ fn block_in_use_stays_while_others_go() -> Result<()> {
     ensure_place(&gpu, first, Place::Ram)?;
     let last = cold.part((blocks - 1) * HUGE_PAGE_SIZE, HUGE_PAGE_SIZE);
     ensure_place(&gpu, last, Place::Vram)
+}
+
+/// mremap has moved some, and of others a child has the last copy.
+fn pages_that_are_not_where_they_were_put_make_room() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let half = VRAM as usize / 8 * 3;
+    let moved = Region::map(half, Backing::Small)?;
+    let inherited = Region::map(half, Backing::Small)?;
+    for region in [moved, inherited] {
+        oracle::write(region, SEED);
+        move_all(&gpu, region, Place::Vram)?;
+    }
+    let moved = moved.remap()?;
+    let gate = Gate::new()?;
+    let child = fork(|| {
+        code((|| {
+            gate.wait()?;
+            oracle::check(inherited, SEED, 0)
+        })())
+    })?;
+    inherited.unmap()?;
+    let other = Region::map(VRAM as usize / 4 * 3, Backing::Small)?;
+    oracle::write(other, SEED + 1);
+    let result = migrate(&gpu, other, Place::Vram);
+    gate.open()?;
+    ensure!(child.wait()? == Ended::Exited(0), "the child's data");
+    let result = result?;
+    ensure!(result.stayed == 0, "{result:?}");
+    oracle::check(moved, SEED, 0)?;
+    oracle::check(other, SEED + 1, 0)
 }
 
 fn work(seed: u64, backing: Backing<'_>) -> Result<()> {

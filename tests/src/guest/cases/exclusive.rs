@@ -13,6 +13,7 @@ use farfault::arena::{Backing, Protection, Region};
 use farfault::{
     Access, Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, PageState, Place,
     process::{Ended, fork},
+    stage,
     uapi::{Exclusive, JobStatus},
 };
 use rustix::{
@@ -34,6 +35,7 @@ group! { "exclusive", on Small, seconds 90:
     never_touched_pages_requested_are_zero,
     request_again_leaves_all_with_the_gpu,
     read_only_memory_requested_fails_and_stays_as_it_is,
+    process_whose_request_has_failed_leaves_nothing_when_it_ends,
     range_with_a_hole_requested_fails_at_the_hole,
     shared_memory_requested_is_refused_and_takes_atomics_of_jobs,
     private_file_requested_is_the_gpus_where_it_was_written,
@@ -209,6 +211,22 @@ fn request_again_leaves_all_with_the_gpu() -> Result<()> {
     let mapped = after.pages_mapped - before.pages_mapped;
     ensure!(mapped == 8, "{before:?} {after:?}");
     ensure!(after.invalidations == before.invalidations, "{after:?}");
+    Ok(())
+}
+
+/// What it had is looked at after the case.
+fn process_whose_request_has_failed_leaves_nothing_when_it_ends() -> Result<()> {
+    let child = fork(|| {
+        code((|| {
+            let gpu = Gpu::open_first()?;
+            let region = in_ram(&gpu, 16 * PAGE_SIZE, Backing::Small)?;
+            region.part(0, PAGE_SIZE).protect(Protection::Read)?;
+            move_all(&gpu, region, Place::Vram)?;
+            ensure!(request(&gpu, region) == Err(Errno::FAULT));
+            Ok(())
+        })())
+    })?;
+    ensure!(child.wait()? == Ended::Exited(0));
     Ok(())
 }
 
@@ -494,6 +512,8 @@ fn part_of_a_huge_page_taken_splits_its_mapping_and_keeps_its_data() -> Result<(
         state(&gpu, region, 0)?.cpu.huge,
         "no huge page to begin with"
     );
+    // Or khugepaged may make one of it again.
+    region.advise(stage::Advice::NoHugePage)?;
     let part = region.part(200 * PAGE_SIZE, 3 * PAGE_SIZE);
     gpu.make_exclusive(part.pages())?;
     let states = gpu.query(region.pages())?;

@@ -31,6 +31,7 @@ group! { "jobs", on Small, seconds 60:
     kill_of_an_ended_job_changes_nothing,
     kill_of_unknown_jobs_is_enoent,
     too_many_uncollected_jobs_are_eagain_until_one_is_collected,
+    refused_jobs_are_forgotten,
     endless_jobs_do_not_stop_others,
     many_jobs_of_many_threads_all_end_well,
     one_job_waited_for_by_many_threads_is_collected_once,
@@ -258,6 +259,28 @@ fn too_many_uncollected_jobs_are_eagain_until_one_is_collected() -> Result<()> {
         call::ensure_status(&end, JobStatus::Ok)?;
     }
     job.run(&gpu).map(drop)
+}
+
+/// The device has no room for so many waves.
+fn refused_jobs_are_forgotten() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(PAGE_SIZE, Backing::Small)?;
+    let endless = Job::atomic_add(region.address(), 1, u64::MAX).waves(256);
+    let mut fences = Vec::new();
+    let refused = loop {
+        match endless.submit(&gpu) {
+            Ok(fence) => fences.push(fence),
+            Err(errno) => break errno,
+        }
+        ensure!(fences.len() < 64, "the device takes them all");
+    };
+    ensure!(refused == Errno::AGAIN, "{refused:?}");
+    fences
+        .into_iter()
+        .try_for_each(|fence| killed(&gpu, fence))?;
+    let left = call::wait(&gpu, 0, Duration::ZERO);
+    ensure!(left == Err(Errno::NOENT), "{left:?}");
+    Ok(())
 }
 
 fn endless_jobs_do_not_stop_others() -> Result<()> {

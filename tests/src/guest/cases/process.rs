@@ -28,9 +28,11 @@ group! { "process", on Small, seconds 90:
     kill_during_migration_ends_in_time,
     kill_during_eviction_ends_in_time,
     reopening_many_times_works,
+    opening_many_times_without_a_call_works,
 }
 
 const SEED: u64 = 0xe817;
+const NODE: &str = "/dev/farfault0";
 const END: Duration = Duration::from_secs(20);
 
 /// Starts a program of ours, as a process of its own.
@@ -170,4 +172,13 @@ fn reopening_many_times_works() -> Result<()> {
         call::ensure_status(&end, JobStatus::Ok)?;
     }
     oracle::check_part(region.part(0, 50 * 8 * 4096), SEED, 0, 1)
+}
+
+/// The device never hears of them.
+fn opening_many_times_without_a_call_works() -> Result<()> {
+    for round in 0..200 {
+        let opened = fs::File::open(NODE);
+        drop(opened.with_context(|| format!("round {round}"))?);
+    }
+    Ok(())
 }

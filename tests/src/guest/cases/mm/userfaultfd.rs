@@ -35,6 +35,7 @@ group! { "mm::userfaultfd", gpus 1, seconds 120:
     missing_pages_are_not_the_gpus_alone_until_the_handler_gives_them,
     range_partly_in_vram_waits_only_for_what_is_missing,
     write_protected_pages_are_read_and_wait_for_the_handler_to_be_written,
+    write_protected_pages_that_were_only_read_wait_for_the_handler_to_be_written,
     write_protected_in_vram_by_range_lets_the_rest_be_written,
     job_on_a_page_nobody_serves_is_killed_and_others_go_on,
     process_on_a_page_nobody_serves_is_killed,
@@ -253,6 +254,31 @@ fn write_protected_pages_are_read_and_wait_for_the_handler_to_be_written() -> Re
         userfault.unregister(region)?;
         exercise_all(gpu, region)
     })
+}
+
+/// All of them are the zero page, small or huge, which mm counts as memory that was never touched.
+fn write_protected_pages_that_were_only_read_wait_for_the_handler_to_be_written() -> Result<()> {
+    for backing in [Backing::Small, Backing::Huge] {
+        let gpu = Gpu::open_first()?;
+        let userfault = Userfault::new()?;
+        let region = Region::map(HUGE_PAGE_SIZE, backing)?;
+        userfault.register(region, WRITE_PROTECT)?;
+        ensure_words(region, 0)?;
+        userfault.write_protect(region, true)?;
+        migrate(&gpu, region, Place::Vram)?;
+        let first = page(region, 0);
+        let (end, faults) = run_with(&gpu, Job::fill(first, 7), &userfault, |fault| {
+            ensure!(
+                fault.write_protect && fault.address == first.address(),
+                "{fault:x?}"
+            );
+            Ok(userfault.write_protect(region, false)?)
+        })?;
+        ensure_status(&end, JobStatus::Ok)?;
+        ensure!(faults == 1, "{backing:?}: {faults} faults");
+        ensure_words(first, 7)?;
+    }
+    Ok(())
 }
 
 fn write_protected_in_vram_by_range_lets_the_rest_be_written() -> Result<()> {
