@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use farfault::arena::Region;
 use farfault::{Gpu, Moved, PAGE_SIZE, PageState, Place};
+use std::fs;
 
 /// The CPU's view of each page.
 pub(crate) fn places(gpu: &Gpu, region: Region) -> Result<Vec<Place>> {
@@ -56,4 +57,14 @@ pub(crate) fn move_all(gpu: &Gpu, region: Region, to: Place) -> Result<Moved> {
     ensure!(moved.stayed == 0, "pages stayed: {moved:?}");
     ensure_place(gpu, region, to)?;
     Ok(moved)
+}
+
+/// `AnonPages` of the whole machine, in KiB: memory of processes, in RAM and in VRAM.
+pub(crate) fn anonymous() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("AnonPages:"));
+    let word = line.and_then(|line| line.split_whitespace().next());
+    Ok(word.context("meminfo has no AnonPages")?.parse()?)
 }

@@ -151,7 +151,7 @@ fn pages_next_to_others_are_left_for_their_own_advice() -> Result<()> {
         gpu.advise(region.pages(), Advice::Default)?;
         gpu.advise(first.pages(), advice)?;
         Job::add(page(region, 0), 0).run(&gpu)?;
-        Job::add(page(region, 5), 0).run(&gpu)?;
+        Job::sum(page(region, 5)).run(&gpu)?;
         ensure_place(&gpu, first, Place::Ram)?;
         ensure_place(&gpu, page(region, 5), Place::Vram)?;
         oracle::check(region, SEED, 0)?;

@@ -6,7 +6,7 @@ use crate::guest::{
     call::{self, Job},
     child::code,
     oracle,
-    place::{ensure_place, migrate, move_all, state},
+    place::{anonymous, ensure_place, migrate, move_all, state},
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
@@ -214,19 +214,25 @@ fn request_again_leaves_all_with_the_gpu() -> Result<()> {
     Ok(())
 }
 
-/// What it had is looked at after the case.
 fn process_whose_request_has_failed_leaves_nothing_when_it_ends() -> Result<()> {
+    const MEMORY: usize = 64 << 20;
+    let before = anonymous()?;
     let child = fork(|| {
         code((|| {
             let gpu = Gpu::open_first()?;
+            Region::map(MEMORY, Backing::Small)?.advise(stage::Advice::PopulateWrite)?;
             let region = in_ram(&gpu, 16 * PAGE_SIZE, Backing::Small)?;
             region.part(0, PAGE_SIZE).protect(Protection::Read)?;
-            move_all(&gpu, region, Place::Vram)?;
             ensure!(request(&gpu, region) == Err(Errno::FAULT));
             Ok(())
         })())
     })?;
     ensure!(child.wait()? == Ended::Exited(0));
+    let after = anonymous()?;
+    ensure!(
+        after < before + (MEMORY as u64 >> 11),
+        "AnonPages was {before} KiB, and is {after} KiB"
+    );
     Ok(())
 }
 

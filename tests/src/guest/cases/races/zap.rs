@@ -4,7 +4,12 @@
 //! (`docs/kernel-findings.md`, 5).
 
 use super::field::Random;
-use crate::guest::{child::code, oracle, place::move_all, settings};
+use crate::guest::{
+    child::code,
+    oracle,
+    place::{anonymous, move_all},
+    settings,
+};
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
@@ -13,7 +18,7 @@ use farfault::{
     stage::Advice,
 };
 use std::{
-    fs, thread,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -50,16 +55,6 @@ impl Home {
         }
         Ok(())
     }
-}
-
-/// `AnonPages` of the whole machine, in KiB.
-fn anonymous() -> Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("AnonPages:"));
-    let word = line.and_then(|line| line.split_whitespace().next());
-    Ok(word.context("meminfo has no AnonPages")?.parse()?)
 }
 
 /// Rounds with a huge page in VRAM each, and a pause of random length.
