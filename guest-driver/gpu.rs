@@ -276,7 +276,8 @@ impl Gpu {
         }
         dev_err!(
             self.device,
-            "no RAM for {left} pages of VRAM: the machine cannot sleep. Free some, and try again\n"
+            "{left} pages of VRAM cannot go home, for want of RAM or because they have failed: the \
+             machine cannot sleep. Free some, or end who has them, and try again\n"
         );
         self.each_space(Space::resume)?;
         Err(ENOMEM)
