@@ -446,19 +446,25 @@ fn lose_driver(_: &[String]) -> Result<()> {
     let fence = Job::endless(ring).submit(&gpu)?;
     let small = written(64 * PAGE_SIZE, Backing::Small)?;
     move_all(&gpu, small, Place::Vram)?;
+    // No job of its own runs.
+    let idle = Gpu::open_first()?;
+    idle.ping()?;
     say(READY);
-    // Nothing but the unbinding can wake these two.
+    let wakes = |gpu: &Gpu| -> Result<bool> {
+        let mut descriptors = [PollFd::new(gpu, PollFlags::IN)];
+        poll(&mut descriptors, Some(&Timespec::try_from(DRIVER_LIMIT)?))?;
+        Ok(!descriptors[0].revents().is_empty())
+    };
+    // Nothing but the unbinding can wake these three.
     let (polled, waited) = std::thread::scope(|scope| {
         let waiter = scope.spawn(|| call::wait(&gpu, fence, DRIVER_LIMIT));
-        let mut descriptors = [PollFd::new(&gpu, PollFlags::IN)];
-        let polled = Timespec::try_from(DRIVER_LIMIT)
-            .map_err(anyhow::Error::from)
-            .and_then(|limit| Ok(poll(&mut descriptors, Some(&limit))?))
-            .map(|_| descriptors[0].revents());
-        (polled, waiter.join())
+        let idler = scope.spawn(|| wakes(&idle));
+        ([Ok(wakes(&gpu)), idler.join()], waiter.join())
     });
-    let polled = polled?;
-    ensure!(!polled.is_empty(), "poll did not wake");
+    for polled in polled {
+        let polled = polled.map_err(|_| anyhow::anyhow!("who polls panicked"))?;
+        ensure!(polled?, "poll did not wake");
+    }
     let waited = waited.map_err(|_| anyhow::anyhow!("the waiter panicked"))?;
     let ended = |end: uapi::Wait| {
         let lost = [JobStatus::Killed, JobStatus::DeviceLost].map(JobStatus::raw);

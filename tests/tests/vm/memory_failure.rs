@@ -44,6 +44,10 @@ fn poisoned_page_kills_only_its_users_and_is_not_used_again(
     for page in &pages {
         vm.device(0)?.command(&["poison", &page.to_string()])?;
     }
+    // As they cannot go home, the machine cannot sleep, and all goes on.
+    let sleep = "echo devices > /sys/power/pm_test; ! echo mem > /sys/power/state; \
+                 echo none > /sys/power/pm_test";
+    shell(vm, machines, sleep, COMMAND)?.expect_success()?;
     let output = go_on(process, machines, LONG)?;
     ensure!(output.stdout_text().contains(DONE));
     // The process has ended, and with it the last who had the pages.
