@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `munmap`, whole and of parts, at rest and while jobs work there; see also group `unmap`.
 
-use super::start::{SEED, each_start, exercise, exercise_all, exercise_empty};
+use super::start::{SEED, STARTS, each_start, exercise, exercise_all, exercise_empty};
 use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
     oracle,
@@ -20,6 +20,7 @@ group! { "mm::munmap", gpus 1, seconds 60:
     begin_middle_and_end_unmapped_leave_the_rest,
     every_other_page_unmapped_leaves_the_others,
     region_replaced_in_one_step_shows_the_gpu_the_new_memory,
+    several_tables_of_memory_replaced_in_one_step_show_the_gpu_the_new_memory,
     unmapped_during_a_job_that_writes_is_not_written_any_more,
     replaced_during_a_job_the_job_goes_on_in_the_new_memory,
 }
@@ -79,6 +80,18 @@ fn region_replaced_in_one_step_shows_the_gpu_the_new_memory() -> Result<()> {
         oracle::write(region, SEED);
         exercise_all(gpu, region)
     })
+}
+
+/// Each 2 MiB have a page table of their own.
+fn several_tables_of_memory_replaced_in_one_step_show_the_gpu_the_new_memory() -> Result<()> {
+    for start in STARTS {
+        let gpu = Gpu::open_first()?;
+        let region = start.region(&gpu, 3 * HUGE_PAGE_SIZE)?;
+        region.replace()?;
+        exercise_empty(&gpu, region).with_context(|| format!("{start:?}"))?;
+        region.unmap()?;
+    }
+    Ok(())
 }
 
 /// A word in a page of a file, which outlives its mapping; and a job that adds to it for ever.
