@@ -36,7 +36,10 @@ static void folio_add_mappings(struct folio *folio, int n)
 		atomic_add(n, &folio->_entire_mapcount);
 }
 
-/* How often the folio is mapped as a whole. Who is about to remove a mapping changes both counts, with a lock held. */
+/*
+ * How often the folio is mapped as a whole. Who is about to remove a mapping changes one count after the
+ * other, with a spinlock held: it does not take long.
+ */
 static int folio_settled_mapcount(struct folio *folio)
 {
 	int looks = 100000;
