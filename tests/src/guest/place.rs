@@ -61,10 +61,16 @@ pub(crate) fn move_all(gpu: &Gpu, region: Region, to: Place) -> Result<Moved> {
 
 /// `AnonPages` of the whole machine, in KiB: memory of processes, in RAM and in VRAM.
 pub(crate) fn anonymous() -> Result<u64> {
+    meminfo("AnonPages")
+}
+
+/// A line of `/proc/meminfo`, in KiB.
+pub(crate) fn meminfo(name: &str) -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;
     let line = text
         .lines()
-        .find_map(|line| line.strip_prefix("AnonPages:"));
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     let word = line.and_then(|line| line.split_whitespace().next());
-    Ok(word.context("meminfo has no AnonPages")?.parse()?)
+    let word = word.with_context(|| format!("meminfo has no {name}"))?;
+    Ok(word.parse()?)
 }

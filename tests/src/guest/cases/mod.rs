@@ -11,6 +11,7 @@ mod exclusive;
 mod faults;
 mod huge_pages;
 mod jobs;
+mod leaks;
 mod machines;
 mod mappings;
 mod migrate;
@@ -42,6 +43,7 @@ const GROUPS: &[&[Case]] = &[
     process::CASES,
     owner::CASES,
     jobs::CASES,
+    leaks::CASES,
     bad_argument::CASES,
     bad_pointer::CASES,
     huge_pages::CASES,
