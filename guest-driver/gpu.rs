@@ -62,6 +62,8 @@ pub(crate) const MOST_CONTEXTS: u32 = 64;
 const TABLE_SHARE: usize = 2 * MOST_CONTEXTS as usize;
 /// Least tables that an address space may have whatever the size of VRAM.
 const LEAST_TABLES: usize = 16;
+/// Most regions of 2 MiB that are known of one address space: 64 GiB.
+const MOST_REGIONS: usize = 32 << 10;
 /// Looks for pages that are on their way home when the driver is unbound, and the pause between.
 const UNBIND_LOOKS: usize = 3000;
 const UNBIND_PAUSE: Delta = Delta::from_millis(10);
@@ -353,6 +355,8 @@ impl Gpu {
         self.control.close();
         self.submit.close();
         self.events.close();
+        // What passes events on, and then the address spaces that it has woken.
+        self.workers.flush();
         self.workers.flush();
     }
 
@@ -530,9 +534,10 @@ impl Gpu {
         (self.limits.vram_pages / TABLE_SHARE).max(LEAST_TABLES)
     }
 
-    /// Whether the tables of one address space take more than their share of VRAM.
+    /// Whether the tables of one address space take more than their share of VRAM, or what is known of its
+    /// regions too much of the kernel's memory.
     pub(crate) fn is_crowded(&self, table: &PageTable) -> bool {
-        table.tables() > self.most_tables()
+        table.tables() > self.most_tables() || table.regions() > MOST_REGIONS
     }
 
     /// Passes on what the device reported.

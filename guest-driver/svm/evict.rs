@@ -123,6 +123,8 @@ impl Gpu {
                 Err(_) if matches!(cause, Cause::Evict) => return Ok(0),
                 Err(_) => None,
             },
+            // Nor is it known of one that has closed its address space whether it exits.
+            None if matches!(cause, Cause::Evict) => return Ok(0),
             None => None,
         };
         victim.residents(&mut residents)?;

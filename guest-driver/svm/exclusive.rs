@@ -33,7 +33,6 @@ impl Space {
             let mut pages = PageSet::EMPTY;
             pages.insert_all((at - region) >> PAGE_SHIFT..(end - region) >> PAGE_SHIFT);
             let mut service = self.service()?;
-            self.unmap_shared(&mm, at..end)?;
             self.take_from_cpu(&mut service, &mm, region, &pages)?;
             drop(service);
             at = end;
@@ -44,18 +43,21 @@ impl Space {
         Ok(())
     }
 
-    /// Unmaps pages that mm cannot take from the CPU. Where they are open to atomics all the same, they
-    /// would pass for the GPU's own.
-    fn unmap_shared(&self, mm: &MmWithUser, range: Range<usize>) -> Result {
+    /// The pages of a region that mm cannot take from the CPU: of shared memory, and of hugetlbfs.
+    pub(super) fn shared_pages(&self, mm: &MmWithUser, region: usize) -> PageSet {
+        let mut shared = PageSet::EMPTY;
         let lock = MmapLock::read(mm);
-        let mut at = range.start;
-        while let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < range.end) {
+        let (mut at, end) = (region, region + REGION_BYTES);
+        while let Some(vma) = lock.find_vma(at).filter(|vma| vma.start() < end) {
             at = vma.end();
             if vma.is_shared() || vma.is_hugetlb() {
-                self.unmap(vma.start().max(range.start)..at.min(range.end))?;
+                let part = vma.start().max(region)..at.min(end);
+                shared.insert_all(
+                    (part.start - region) >> PAGE_SHIFT..(part.end - region) >> PAGE_SHIFT,
+                );
             }
         }
-        Ok(())
+        shared
     }
 
     /// Whether the GPU has any page of a range for itself.
@@ -156,7 +158,7 @@ impl Space {
             }
             let tables = valid.state();
             tables.batch.clear();
-            let entries = Entries::Small(&service.entries);
+            let entries = Entries::Exclusive(&service.entries);
             let mapped = match &mut tables.table {
                 Some(table) => table.map(region, entries, &mut supplies, &mut tables.batch),
                 None => Err(ENODEV),

@@ -380,11 +380,13 @@ impl Space {
                     self.to_ram(mm, all, cause)?;
                 }
                 Err(Obstacle::Shared) => {
-                    let taken = self.take_from_cpu(service, mm, region, &wanted.atomics());
-                    // Files and huge pages of hugetlbfs: mm has no way to keep the CPU from them. The
-                    // GPU's atomics are atomic towards the CPU's (hardware manual, section 7.3).
+                    // Shared memory and hugetlbfs: mm has no way to keep the CPU from them. The GPU's
+                    // atomics are atomic towards the CPU's (hardware manual, section 7.3).
+                    wanted.shared_atomics = self.shared_pages(mm, region);
+                    let alone = wanted.atomics().without(&wanted.shared_atomics);
+                    let taken = self.take_from_cpu(service, mm, region, &alone);
                     if taken.err().is_some_and(is_not_anonymous) {
-                        wanted.shared_atomics = true;
+                        wanted.shared_atomics = PageSet::FULL;
                     } else {
                         taken?;
                     }

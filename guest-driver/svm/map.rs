@@ -424,7 +424,7 @@ impl Space {
             if near && !advised.contains(&address) {
                 continue;
             }
-            let atomic = wanted.shared_atomics && access == Some(Access::Atomic);
+            let atomic = wanted.shared_atomics.has(index) && access == Some(Access::Atomic);
             let pfn = valid.pfns().get(index);
             let store = write || wanted.alone;
             let Some(leaf) = pfn.and_then(|&pfn| self.leaf(&map, pfn, store, atomic)) else {
@@ -455,11 +455,18 @@ impl Space {
         let tables = valid.state();
         let table = tables.table.as_mut().ok_or(ENODEV)?;
         tables.batch.clear();
-        let entries = match service.entries.first() {
-            Some(&Pte(leaf)) if huge => Entries::Huge(Pte(leaf | Pte::HUGE)),
-            _ => Entries::Small(&service.entries),
+        let mapped = match service.entries.first() {
+            // All that was wanted is mapped already.
+            _ if service.entries.iter().all(|&leaf| leaf == Pte::EMPTY) => 0,
+            Some(&Pte(leaf)) if huge => {
+                let leaf = Entries::Huge(Pte(leaf | Pte::HUGE));
+                table.map(region, leaf, supplies, &mut tables.batch)?
+            }
+            _ => {
+                let leaves = Entries::Small(&service.entries);
+                table.map(region, leaves, supplies, &mut tables.batch)?
+            }
         };
-        let mapped = table.map(region, entries, supplies, &mut tables.batch)?;
         // Before the replay: who sees the job's end sees its faults.
         self.count(|c| &c.pages_mapped, mapped as u64);
         let mut replayed = false;
@@ -473,7 +480,6 @@ impl Space {
                 replayed = true;
             }
         }
-        // All that was wanted may be mapped already.
         if !tables.batch.is_empty() {
             self.gpu.control(&mut tables.batch)?;
         }
@@ -533,8 +539,8 @@ pub(super) struct Wanted {
     pub(super) groups: u64,
     /// Nothing that is only near is mapped along.
     alone: bool,
-    /// RAM that the CPU has, too, may be mapped for atomics.
-    pub(super) shared_atomics: bool,
+    /// Pages in RAM that the CPU has, too, and that may be mapped for atomics.
+    pub(super) shared_atomics: PageSet,
 }
 
 impl Wanted {
@@ -542,7 +548,7 @@ impl Wanted {
         pages: [0; BLOCK_PAGES],
         groups: 0,
         alone: false,
-        shared_atomics: false,
+        shared_atomics: PageSet::EMPTY,
     };
 
     /// These pages, for one kind of access, and no other.

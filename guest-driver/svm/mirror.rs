@@ -56,7 +56,7 @@ impl Mirror {
         self.unmap_some(tables, range, false)
     }
 
-    /// Likewise, but pages in RAM that are open to the GPU's atomics stay, if `keep_exclusive`.
+    /// Likewise, but pages that were taken from the CPU stay, if `keep_exclusive`.
     fn unmap_some(
         &self,
         tables: &mut Tables,
@@ -91,7 +91,7 @@ impl IntervalOps for Mirror {
         let limit = 1usize << GpuVa::BITS;
         let range = invalidation.range();
         let range = range.start.min(limit)..range.end.min(limit);
-        // A migration to a device moves no page that was taken from the CPU, and no page of a file.
+        // A migration to a device moves no page that was taken from the CPU: its entry is no page to mm.
         let keep_exclusive = invalidation.event() == Event::Migrate;
         let unmapped = self.unmap_some(tables, range.clone(), keep_exclusive);
         match unmapped {

@@ -386,11 +386,10 @@ impl Space {
     }
 
     /// Ends the address space: its jobs fail with `status`, the GPU forgets it, its pages come home.
-    /// What was open goes on without the GPU. May be called again.
+    /// What was open goes on without the GPU. May be called again, by others, too: for whoever returns, the
+    /// device has forgotten it.
     pub(crate) fn close(&self, status: uapi::JobStatus) {
-        if self.closing.xchg(true, Relaxed) {
-            return;
-        }
+        let others = self.closing.xchg(true, Relaxed);
         // Behind the service lock no batch of faults is under way, and none begins.
         let service = self.service.lock();
         let table = self.leave_device();
@@ -401,8 +400,10 @@ impl Space {
             table.end(&self.gpu.vram);
         }
         drop(service);
-        self.bring_everything_home();
-        self.gpu.contexts.release(self.context);
+        if !others {
+            self.bring_everything_home();
+            self.gpu.contexts.release(self.context);
+        }
     }
 
     /// Takes the address space from the device. Its tables are to be given back.

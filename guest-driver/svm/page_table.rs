@@ -19,7 +19,7 @@ use crate::{
 use core::ops::Range;
 use farfault_protocol::{
     address::{GpuVa, VramAddr, HUGE_PAGE_SHIFT, HUGE_PAGE_SIZE},
-    pte::{self, Location, Pte, ENTRIES, ENTRY_SIZE, ROOT_LEVEL},
+    pte::{self, Pte, ENTRIES, ENTRY_SIZE, ROOT_LEVEL},
 };
 use kernel::{
     page::{PAGE_SHIFT, PAGE_SIZE},
@@ -37,7 +37,7 @@ pub(crate) struct PageSet([u64; WORDS]);
 
 impl PageSet {
     pub(crate) const EMPTY: Self = Self([0; WORDS]);
-    const FULL: Self = Self([u64::MAX; WORDS]);
+    pub(crate) const FULL: Self = Self([u64::MAX; WORDS]);
 
     pub(crate) fn has(&self, index: usize) -> bool {
         self.0[index / 64] & (1 << (index % 64)) != 0
@@ -57,6 +57,14 @@ impl PageSet {
     pub(crate) fn within(mut self, range: Range<usize>) -> Self {
         for (i, word) in self.0.iter_mut().enumerate() {
             *word &= mask(&range, i);
+        }
+        self
+    }
+
+    /// Those that are not in another set.
+    pub(crate) fn without(mut self, other: &Self) -> Self {
+        for (word, other) in self.0.iter_mut().zip(other.0) {
+            *word &= !other;
         }
         self
     }
@@ -91,7 +99,7 @@ struct Region {
     huge: bool,
     /// Pages whose level-0 entry is valid.
     mapped: PageSet,
-    /// Of these, the ones in RAM that are open to the GPU's atomics: but for files, its alone.
+    /// Of these, the ones in RAM that were taken from the CPU.
     exclusive: PageSet,
 }
 
@@ -172,6 +180,8 @@ impl Supplies {
 pub(crate) enum Entries<'a> {
     /// By page; [`Pte::EMPTY`] leaves an entry as it is.
     Small(&'a [Pte]),
+    /// The same, of pages in RAM that were taken from the CPU.
+    Exclusive(&'a [Pte]),
     /// One leaf for all of it.
     Huge(Pte),
 }
@@ -192,6 +202,7 @@ pub(crate) struct PageTable {
     upper: RBTree<u64, VramPage>,
     /// By address >> 21.
     regions: RBTree<u64, Region>,
+    region_count: usize,
     tables: usize,
 }
 
@@ -217,6 +228,7 @@ impl PageTable {
             root,
             upper: RBTree::new(),
             regions: RBTree::new(),
+            region_count: 0,
             tables: 1,
         })
     }
@@ -229,6 +241,11 @@ impl PageTable {
     /// How many pages of VRAM the tables take.
     pub(crate) fn tables(&self) -> usize {
         self.tables
+    }
+
+    /// How many regions it has anything of.
+    pub(crate) fn regions(&self) -> usize {
+        self.region_count
     }
 
     /// Whether a mapping in the region of `address` may need [`Supplies`].
@@ -248,7 +265,7 @@ impl PageTable {
         }
     }
 
-    /// Which of them are in RAM and open to the GPU's atomics.
+    /// Which of them are in RAM and were taken from the CPU.
     pub(crate) fn exclusive(&self, address: usize) -> PageSet {
         let region = self.regions.get(&(address as u64 >> HUGE_PAGE_SHIFT));
         region.map_or(PageSet::EMPTY, |region| region.exclusive)
@@ -300,14 +317,16 @@ impl PageTable {
         if self.regions.get(&key).is_none() {
             let node = supplies.region_node.take().ok_or(ENOSPC)?;
             self.regions.insert(node.into_node(key, Region::EMPTY));
+            self.region_count += 1;
         }
         let region = self.regions.get_mut(&key).ok_or(EINVAL)?;
         // Entries for other pages were cleared before: what is mapped can only get more rights, or
         // leaves of another size (hardware manual, section 7.7).
         let resized = match &entries {
             Entries::Huge(_) => !region.mapped.is_empty(),
-            Entries::Small(_) => region.huge,
+            Entries::Small(_) | Entries::Exclusive(_) => region.huge,
         };
+        let exclusive = matches!(entries, Entries::Exclusive(_));
         let mapped = match entries {
             Entries::Huge(leaf) => {
                 batch.write_ptes(level1_entry, leaf, 0, 1)?;
@@ -316,7 +335,7 @@ impl PageTable {
                 region.exclusive = PageSet::EMPTY;
                 BLOCK_PAGES
             }
-            Entries::Small(entries) => {
+            Entries::Small(entries) | Entries::Exclusive(entries) => {
                 let table = match region.table {
                     Some(table) => table,
                     None => {
@@ -332,7 +351,7 @@ impl PageTable {
                     batch.write_ptes(level1_entry, Pte::table(table.address()), 0, 1)?;
                     region.huge = false;
                 }
-                write_small(region, table, entries, batch)?
+                write_small(region, table, entries, exclusive, batch)?
             }
         };
         if resized {
@@ -342,7 +361,7 @@ impl PageTable {
     }
 
     /// Adds commands that unmap the pages of `range` and invalidate them, as many as there is room
-    /// for; those that are open to atomics in RAM stay, if `keep_exclusive`. Allocates nothing.
+    /// for; those that were taken from the CPU stay, if `keep_exclusive`. Allocates nothing.
     pub(crate) fn unmap(
         &mut self,
         range: Range<usize>,
@@ -411,6 +430,7 @@ impl PageTable {
             vram.give_back(table, 0);
         }
         self.tables = 1;
+        self.region_count = 0;
     }
 
     /// Gives the root back, when the context is gone from the device.
@@ -425,6 +445,7 @@ fn write_small(
     region: &mut Region,
     table: VramPage,
     entries: &[Pte],
+    exclusive: bool,
     batch: &mut Batch,
 ) -> Result<usize> {
     let mut mapped = 0;
@@ -448,8 +469,6 @@ fn write_small(
             step,
             count as u32,
         )?;
-        // Of RAM, the GPU may use atomics on nothing else.
-        let exclusive = first.has(Pte::ATOMIC) && matches!(first.location(), Location::System(_));
         for i in index..index + count {
             region.set_mapped(i, exclusive);
         }

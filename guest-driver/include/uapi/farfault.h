@@ -9,6 +9,7 @@
  *   ENODEV  the device is being unbound
  *   EINTR   a signal came first
  *   EIO     the device does not answer any more
+ *   ENOMEM  there is no memory for it
  *
  * Every call fails with
  *   ENODEV  the device was unbound or unplugged since the descriptor was opened
@@ -18,6 +19,7 @@
  *   EFAULT  the argument, or memory that it points to, can't be accessed
  *   EPERM   the caller's address space is not the opener's
  *   ENOSPC  it is the first one, and there is no VRAM for the context's page tables
+ *   ENOMEM  there is no memory for what the kernel needs for it
  *   ENOTTY  there is no such call
  * and with what is said at each.
  */
@@ -238,6 +240,7 @@ struct farfault_stats {
  * atomic towards each other.
  *   EFAULT      part of the range is not mapped, or may not be written
  *   EOPNOTSUPP  part of the range is of another kind: a shared mapping, hugetlbfs
+ *   ENOSPC      there is no VRAM for page tables
  *   ENOMEM      no memory to bring pages home, or for pages that were never touched
  *   EBUSY       pages of the range kept changing, or the handler of a userfaultfd has not answered
  *               for a while

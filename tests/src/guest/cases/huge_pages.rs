@@ -4,7 +4,7 @@
 
 use crate::guest::{
     VRAM,
-    call::Job,
+    call::{self, JOB_TIME, Job, ensure_status},
     child::{Gate, code},
     oracle,
     place::{count, ensure_place, migrate, move_all, state},
@@ -14,7 +14,10 @@ use farfault::arena::{Backing, Region};
 use farfault::{
     Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, PageState, Place,
     process::{Ended, fork},
+    stage,
+    uapi::JobStatus,
 };
+use std::time::Duration;
 
 group! { "huge_pages", on Small, seconds 60:
     page_looked_at_from_its_middle_is_where_it_is,
@@ -27,6 +30,8 @@ group! { "huge_pages", on Small, seconds 60:
     page_without_a_free_block_moves_as_small_ones,
     page_of_parent_and_child_without_a_free_block_stays_theirs,
     page_never_touched_without_a_free_block_is_zero,
+    page_that_faults_in_two_batches_stays_mapped,
+    small_entries_of_before_a_huge_one_do_not_come_back,
 }
 
 const SEED: u64 = 0x2b16;
@@ -364,4 +369,78 @@ fn page_never_touched_without_a_free_block_is_zero() -> Result<()> {
     let wrong = (0..hole.words()).find(|&word| hole.load(word) != 5);
     ensure!(wrong.is_none(), "word {wrong:?} was not zero");
     oracle::check(region, SEED, 0)
+}
+
+/// The second batch finds the page mapped as a whole, and has nothing to add.
+fn page_that_faults_in_two_batches_stays_mapped() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    // At lower addresses: what faults there is served first in each batch.
+    let busy = Region::map(HUGE_PAGE_SIZE, Backing::Small)?;
+    let region = Region::map(HUGE_PAGE_SIZE, Backing::Huge)?;
+    for each in [busy, region] {
+        gpu.advise(each.pages(), Advice::MapOnly)?;
+    }
+    oracle::write(region, SEED);
+    let should = oracle::expected_sum(region, SEED, 0);
+    for start in [Place::Ram, Place::Vram] {
+        move_all(&gpu, region, start)?;
+        for round in 0..10 {
+            busy.advise(stage::Advice::DontNeed)?;
+            // What the GPU has of it goes.
+            gpu.advise(region.pages(), Advice::MapOnly)?;
+            let load = Job::sum(busy).waves(64).submit(&gpu)?;
+            // Each begins with pages of its own.
+            let jobs = [3, 5, 7, 11, 13, 17].map(|waves| {
+                std::thread::sleep(Duration::from_micros(500));
+                Job::sum(region).waves(waves).submit(&gpu)
+            });
+            for fence in jobs {
+                let end = call::wait(&gpu, fence?, JOB_TIME)?;
+                ensure_status(&end, JobStatus::Ok)?;
+                ensure!(end.result == should, "{start:?}, round {round}");
+            }
+            ensure_status(&call::wait(&gpu, load, JOB_TIME)?, JobStatus::Ok)?;
+            let states = gpu.query(region.pages())?;
+            let lost = states.iter().position(|page| page.gpu.place != start);
+            let lost = lost.map(|page| (page, states[page]));
+            ensure!(
+                lost.is_none(),
+                "{start:?}, round {round}: {lost:?} is not mapped"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The table of a part that was mapped page by page is set aside when the page is mapped as a whole, and is
+/// used again for other memory.
+fn small_entries_of_before_a_huge_one_do_not_come_back() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(HUGE_PAGE_SIZE, Backing::Huge)?;
+    oracle::write(region, SEED);
+    gpu.advise(region.pages(), Advice::MapOnly)?;
+    move_all(&gpu, region, Place::Vram)?;
+    gpu.advise(region.pages(), Advice::MapOnly)?;
+    let half = region.part(HUGE_PAGE_SIZE / 2, HUGE_PAGE_SIZE / 2);
+    move_all(&gpu, half, Place::Vram)?;
+    let by_page = state(&gpu, region, PAGES - 1)?.gpu;
+    ensure!(
+        by_page.place == Place::Vram && !by_page.huge,
+        "of a page that was asked for by itself: {by_page:?}"
+    );
+    Job::sum(region.part(0, PAGE_SIZE)).run(&gpu)?;
+    let whole = state(&gpu, region, PAGES - 1)?.gpu;
+    ensure!(whole.huge, "after a fault: {whole:?}");
+    // Other memory, small pages, of which the GPU needs the first.
+    region.unmap()?;
+    region.map_again()?;
+    region.advise(stage::Advice::NoHugePage)?;
+    oracle::write(region, SEED + 1);
+    gpu.advise(region.part(0, PAGE_SIZE).pages(), Advice::MapOnly)?;
+    Job::sum(region.part(0, PAGE_SIZE)).run(&gpu)?;
+    let old = state(&gpu, region, PAGES - 1)?.gpu;
+    ensure!(old.place != Place::Vram, "an entry of before: {old:?}");
+    let sum = Job::sum(region).run(&gpu)?;
+    ensure!(sum == oracle::expected_sum(region, SEED + 1, 0));
+    Ok(())
 }

@@ -8,6 +8,7 @@ mod bad_pointer;
 mod dmirror;
 mod eviction;
 mod exclusive;
+mod exclusive_beside;
 mod faults;
 mod huge_pages;
 mod jobs;
@@ -40,6 +41,7 @@ const GROUPS: &[&[Case]] = &[
     advise::CASES,
     eviction::CASES,
     exclusive::CASES,
+    exclusive_beside::CASES,
     process::CASES,
     owner::CASES,
     jobs::CASES,
