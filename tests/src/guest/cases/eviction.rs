@@ -122,6 +122,9 @@ fn pages_that_are_not_where_they_were_put_make_room() -> Result<()> {
     gate.open()?;
     ensure!(child.wait()? == Ended::Exited(0), "the child's data");
     result?;
+    let stats = gpu.stats()?;
+    let counted = stats.pages_evicted > 0 && stats.pages_to_ram >= stats.pages_evicted;
+    ensure!(counted, "{stats:?}");
     oracle::check(moved, SEED, 0)?;
     oracle::check(other, SEED + 1, 0)
 }

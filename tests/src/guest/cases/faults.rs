@@ -5,9 +5,9 @@ use crate::guest::{
     call::{self, Job},
     oracle,
 };
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
-use farfault::{Advice, Chain, Gpu, HUGE_PAGE_SIZE, Kernel, Launch, PAGE_SIZE};
+use farfault::{Advice, Chain, Gpu, HUGE_PAGE_SIZE, Kernel, Launch, PAGE_SIZE, stage};
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
@@ -20,6 +20,7 @@ group! { "faults", on Small, seconds 90:
     malloced_memory_copied_is_equal,
     stack_and_static_memory_can_be_used,
     small_pages_of_many_waves_are_right,
+    more_faults_at_once_than_a_batch_has_are_all_served,
     never_touched_memory_reads_as_zero,
     never_touched_memory_can_be_filled,
     atomic_adds_of_many_waves_lose_none,
@@ -321,6 +322,35 @@ fn pages_that_the_cpu_writes_at_once_lose_nothing() -> Result<()> {
         };
         let is = region.load(index);
         ensure!(is == should, "word {index} is {is} and should be {should}");
+    }
+    Ok(())
+}
+
+/// While one batch is served, more faults come than the next one has room for.
+fn more_faults_at_once_than_a_batch_has_are_all_served() -> Result<()> {
+    const BYTES: usize = 8 << 20;
+    let gpu = Gpu::open_first()?;
+    // As many at once as the GPU has room for.
+    let waves = gpu.info().max_waves / 3;
+    let regions = [Backing::Small; 3].map(|backing| Region::map(BYTES, backing));
+    let [first, second, third] = regions;
+    let regions = [first?, second?, third?];
+    for round in 0..3 {
+        for region in regions {
+            // Mapped page by page, each by a fault of its own.
+            region.advise(stage::Advice::DontNeed)?;
+            gpu.advise(region.pages(), Advice::MapOnly)?;
+        }
+        let jobs = regions.map(|region| Job::add(region, 7).waves(waves).submit(&gpu));
+        for fence in jobs {
+            let end = call::wait(&gpu, fence?, call::JOB_TIME)?;
+            call::ensure_status(&end, farfault::uapi::JobStatus::Ok)
+                .with_context(|| format!("round {round}"))?;
+        }
+        for region in regions {
+            let wrong = (0..region.words()).find(|&index| region.load(index) != 7);
+            ensure!(wrong.is_none(), "round {round}: word {wrong:?}");
+        }
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use crate::guest::{
     call::{self, JOB_TIME, Job},
     oracle,
 };
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{Gpu, PAGE_SIZE, uapi::JobStatus};
 use rustix::{
@@ -15,12 +15,16 @@ use rustix::{
 use std::{
     collections::HashSet,
     process::Command,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 group! { "jobs", on Small, seconds 60:
     wait_for_an_endless_job_times_out_when_it_should,
+    wait_times_out_when_it_should_while_other_jobs_end,
     wait_for_unknown_jobs_is_enoent,
     wait_for_any_gives_each_job_once,
     wait_interrupted_by_a_signal_is_eintr_and_the_job_goes_on,
@@ -379,5 +383,37 @@ fn stats_after_a_wait_have_its_job() -> Result<()> {
         let counted = gpu.stats()?.jobs;
         ensure!(counted == jobs, "{counted} jobs are counted after {jobs}");
     }
+    Ok(())
+}
+
+/// Each end of a job wakes all who wait: that is no reason to begin anew.
+fn wait_times_out_when_it_should_while_other_jobs_end() -> Result<()> {
+    const TIMEOUT: Duration = Duration::from_millis(400);
+    const MOST: Duration = Duration::from_secs(20);
+    let gpu = Gpu::open_first()?;
+    let endless = Job::endless(Region::map(PAGE_SIZE, Backing::Small)?).submit(&gpu)?;
+    let word = Region::map(PAGE_SIZE, Backing::Small)?;
+    let stop = AtomicBool::new(false);
+    let (waited, took, ended) = std::thread::scope(|scope| {
+        let others = scope.spawn(|| -> Result<u32> {
+            let mut ended = 0;
+            let begin = Instant::now();
+            while !stop.load(Ordering::Relaxed) && begin.elapsed() < MOST {
+                Job::sum(word).run(&gpu)?;
+                ended += 1;
+            }
+            Ok(ended)
+        });
+        let begin = Instant::now();
+        let waited = call::wait(&gpu, endless, TIMEOUT).map(drop);
+        let took = begin.elapsed();
+        stop.store(true, Ordering::Relaxed);
+        (waited, took, others.join())
+    });
+    let ended = ended.map_err(|_| anyhow!("a thread panicked"))??;
+    ensure!(waited == Err(Errno::TIMEDOUT), "{waited:?}");
+    ensure!(ended > 2, "only {ended} jobs ended meanwhile");
+    ensure!(took >= TIMEOUT && took < MOST / 2, "it took {took:?}");
+    call::kill(&gpu, endless)?;
     Ok(())
 }

@@ -9,12 +9,23 @@ use crate::guest::{
     place::{ensure_place, move_all},
     programs,
 };
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use farfault::arena::{Backing, Region};
-use farfault::{Gpu, HUGE_PAGE_SIZE, Place, uapi::JobStatus};
+use farfault::{
+    Gpu, HUGE_PAGE_SIZE, Place,
+    process::{Ended, fork},
+    uapi::{self, JobStatus},
+};
+use rustix::{
+    fs::{Mode, OFlags},
+    io::Errno,
+    process::{Signal, kill_process},
+};
+use signal_hook::consts::SIGUSR1;
 use std::{
     fs,
     process::{Command, Stdio},
+    sync::{Arc, Barrier, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -29,6 +40,8 @@ group! { "process", on Small, seconds 90:
     kill_during_eviction_ends_in_time,
     reopening_many_times_works,
     opening_many_times_without_a_call_works,
+    opens_that_are_interrupted_use_up_no_context,
+    first_calls_of_many_threads_at_once_all_work,
 }
 
 const SEED: u64 = 0xe817;
@@ -179,6 +192,82 @@ fn opening_many_times_without_a_call_works() -> Result<()> {
     for round in 0..200 {
         let opened = fs::File::open(NODE);
         drop(opened.with_context(|| format!("round {round}"))?);
+    }
+    Ok(())
+}
+
+/// Opens the node until that succeeds, under signals; how often it was interrupted.
+fn opens_under_signals() -> Result<u8> {
+    let mut interrupted = 0;
+    loop {
+        match rustix::fs::open(NODE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(_) => return Ok(interrupted),
+            Err(Errno::INTR) if interrupted < u8::MAX => interrupted += 1,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn opens_that_are_interrupted_use_up_no_context() -> Result<()> {
+    const ENOUGH: i32 = 5;
+    const FAILED: u8 = u8::MAX;
+    let lowest = || -> Result<u32> { Ok(Gpu::open_first()?.info().context) };
+    let before = lowest()?;
+    let handled = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGUSR1, handled)?;
+    let deadline = Instant::now() + END;
+    let mut interrupted = 0;
+    while interrupted < ENOUGH {
+        ensure!(
+            Instant::now() < deadline,
+            "only {interrupted} opens were interrupted"
+        );
+        // The first open of a process can be, and no other.
+        let child = fork(|| opens_under_signals().unwrap_or(FAILED))?;
+        let pid = child.pid().context("the child has no pid")?;
+        // Until the child is no more.
+        let other = fork(|| {
+            while Instant::now() < deadline && kill_process(pid, Signal::USR1).is_ok() {}
+            0
+        })?;
+        let end = child.wait()?;
+        other.wait()?;
+        let Ended::Exited(code) = end else {
+            bail!("a child that opens: {end:?}");
+        };
+        ensure!(
+            code != i32::from(FAILED),
+            "an open failed, or was interrupted for ever"
+        );
+        interrupted += code;
+    }
+    let after = lowest()?;
+    ensure!(
+        after == before,
+        "the next context is {after}, and was {before}"
+    );
+    Ok(())
+}
+
+/// The first call makes the address space known to the device.
+fn first_calls_of_many_threads_at_once_all_work() -> Result<()> {
+    const THREADS: usize = 4;
+    for round in 0..40 {
+        let file = fs::File::options().read(true).write(true).open(NODE)?;
+        let barrier = Barrier::new(THREADS);
+        let called = std::thread::scope(|scope| {
+            let threads = [(); THREADS].map(|()| {
+                scope.spawn(|| {
+                    barrier.wait();
+                    farfault::arena::call_at(&file, uapi::IOC_PING, 0)
+                })
+            });
+            threads.map(|thread| thread.join())
+        });
+        for result in called {
+            let result = result.map_err(|_| anyhow!("a thread panicked"))?;
+            ensure!(result.is_ok(), "round {round}: {result:?}");
+        }
     }
     Ok(())
 }

@@ -294,12 +294,12 @@ fn hole_punched_during_a_job_loses_nothing_outside() -> Result<()> {
 }
 
 /// Huge pages of the pool for a case; the pool is as before when this is dropped.
-struct Pool(String);
+pub(super) struct Pool(String);
 
 impl Pool {
     const PATH: &str = "/proc/sys/vm/nr_hugepages";
 
-    fn of(pages: u32) -> Result<Self> {
+    pub(super) fn of(pages: u32) -> Result<Self> {
         let before = fs::read_to_string(Self::PATH).context("the kernel has no hugetlb")?;
         fs::write(Self::PATH, pages.to_string())?;
         let pool = Self(before);

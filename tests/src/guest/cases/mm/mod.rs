@@ -28,6 +28,7 @@ mod storage;
 mod swap;
 mod userfault;
 mod userfaultfd;
+mod userfaultfd_files;
 mod writeback;
 mod zones;
 
@@ -46,6 +47,7 @@ pub(super) const GROUPS: &[&[Case]] = &[
     khugepaged::CASES,
     compaction::CASES,
     userfaultfd::CASES,
+    userfaultfd_files::CASES,
     proc::CASES,
     memcg::CASES,
     access::CASES,

@@ -2,7 +2,11 @@
 //! `mprotect`: what the CPU may not do any more, the GPU may not either, and only the job that does it
 //! ends.
 
-use super::start::{At, STARTS, each_start, ensure_sum, exercise, exercise_all};
+use super::{
+    files::Pool,
+    start::{At, STARTS, each_start, ensure_sum, exercise, exercise_all},
+    userfault::{MISSING, Userfault, WRITE_PROTECT},
+};
 use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
     place::state,
@@ -10,14 +14,18 @@ use crate::guest::{
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
 use farfault::{Access, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, uapi::JobStatus};
-use rustix::io::Errno;
-use std::time::Duration;
+use rustix::{
+    fs::{MemfdFlags, memfd_create},
+    io::Errno,
+};
+use std::{fs::File, time::Duration};
 
 group! { "mm::mprotect", gpus 1, seconds 60:
     read_only_fails_gpu_writes_and_back_allows_them,
     none_fails_gpu_reads_and_back_keeps_the_data,
     part_of_the_pages_made_read_only_leaves_the_rest,
     gpu_write_on_read_only_memory_fails_alone_with_its_address,
+    read_only_memory_of_every_kind_fails_gpu_writes,
     none_during_a_job_that_reads_ends_it,
     read_only_during_a_job_that_writes_ends_it,
     memory_that_begins_read_only_is_written_after_it_may_be,
@@ -140,4 +148,55 @@ fn memory_that_begins_read_only_is_written_after_it_may_be() -> Result<()> {
     Job::fill(region, 1).waves(2).run(&gpu)?;
     ensure!(state(&gpu, region, 0)?.gpu.write);
     super::start::ensure_words(region, 1)
+}
+
+/// Memory of other kinds is faulted in by other ways, each of which has to know its rights.
+fn read_only_memory_of_every_kind_fails_gpu_writes() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let file = File::from(memfd_create("read-only", MemfdFlags::CLOEXEC)?);
+    file.set_len(HUGE_PAGE_SIZE as u64)?;
+    let _pool = Pool::of(2)?;
+    let kinds = [
+        Backing::HugeTlb,
+        Backing::Shared,
+        Backing::File(&file),
+        Backing::FilePrivate(&file),
+        Backing::Small,
+    ];
+    for kind in kinds {
+        for watched in [None, Some(MISSING), Some(WRITE_PROTECT)] {
+            for written in [true, false] {
+                let region = Region::map(HUGE_PAGE_SIZE, kind)?;
+                if written {
+                    region.store(0, 7);
+                } else if watched == Some(MISSING) {
+                    // It would wait for the handler.
+                    region.unmap()?;
+                    continue;
+                }
+                let userfault = Userfault::new()?;
+                if let Some(mode) = watched {
+                    userfault.register(region, mode)?;
+                }
+                region.protect(Protection::Read)?;
+                let page = region.part(0, PAGE_SIZE);
+                let what = || format!("{kind:?}, watched {watched:?}, written {written}");
+                Job::fill(page, 1)
+                    .fails_at(&gpu, page.address(), Access::Write)
+                    .with_context(what)?;
+                Job::atomic_add(page.address(), 1, 1)
+                    .fails_at(&gpu, page.address(), Access::Atomic)
+                    .with_context(what)?;
+                let word = Job::sum(page).run(&gpu).with_context(what)?;
+                ensure!(word == page.load(0), "{}", what());
+                region.protect(Protection::ReadWrite)?;
+                Job::add(page, 1).run(&gpu).with_context(what)?;
+                ensure!(page.load(0) == word.wrapping_add(1), "{}", what());
+                region.unmap()?;
+                file.set_len(0)?;
+                file.set_len(HUGE_PAGE_SIZE as u64)?;
+            }
+        }
+    }
+    Ok(())
 }
