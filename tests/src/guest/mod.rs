@@ -24,6 +24,7 @@ macro_rules! group {
 mod call;
 mod cases;
 mod child;
+pub mod holding;
 mod machine;
 mod mirror;
 mod oracle;
@@ -76,7 +77,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
 
 /// All programs.
 pub fn programs() -> impl Iterator<Item = &'static Program> {
-    programs::PROGRAMS.iter()
+    programs::PROGRAMS.iter().chain(holding::PROGRAMS)
 }
 
 /// `farfault-guest-tests [--seed N] [--minutes N] NAME [ARGUMENT…]` or `farfault-guest-tests --list`.

@@ -29,9 +29,9 @@ const COMMAND: Duration = Duration::from_secs(60);
 const SIGBUS: i32 = 7;
 const SIGKILL: i32 = 9;
 /// Long enough for the process to begin what it was told to do.
-const MOMENT: Duration = Duration::from_millis(300);
+pub(crate) const MOMENT: Duration = Duration::from_millis(300);
 /// What the driver says of a GPU that does not answer.
-const LOSS: &str = "the device is lost";
+pub(crate) const LOSS: &str = "the device is lost";
 
 macro_rules! cases {
     ($($after:ident $name:ident: $end:expr, $stage:expr;)*) => {
@@ -106,7 +106,7 @@ enum End {
 }
 
 /// The last GPU that is alive. The first one is somebody else's.
-fn victim(vm: &mut Vm) -> Result<usize> {
+pub(crate) fn victim(vm: &mut Vm) -> Result<usize> {
     for gpu in (1..Machine::Dying.gpus()).rev() {
         if vm.device(gpu)?.is_alive()? {
             return Ok(gpu);
@@ -197,7 +197,7 @@ fn bind_again(vm: &mut Vm, machines: &Machines, gpu: usize) -> Result<()> {
 }
 
 /// A process at a stage of using a GPU that stops for a moment goes on.
-fn fine_at(vm: &mut Vm, machines: &Machines, gpu: usize, stage: Stage) -> Result<()> {
+pub(crate) fn fine_at(vm: &mut Vm, machines: &Machines, gpu: usize, stage: Stage) -> Result<()> {
     let process = waiting(vm, machines, gpu, stage)?;
     vm.continue_device(gpu)?;
     let limit = machines.limit(COMMAND);

@@ -19,7 +19,7 @@ use std::{thread, time::Duration};
 use xtask::vm::Vm;
 
 const COMMAND: Duration = Duration::from_secs(60);
-const MODULE: &str = "/lib/modules/farfault.ko";
+pub(crate) const MODULE: &str = "/lib/modules/farfault.ko";
 
 pub(crate) const CASES: &[HostCase] = &[
     HostCase {

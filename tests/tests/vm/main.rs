@@ -11,7 +11,7 @@
 //! | `machines` | boots VMs, shares them among cases, checks them after each |
 //! | `inside` | what GPU and driver say about themselves |
 //! | `programs`, `tables`, `lifecycle`, `mirrors`, `hotplug`, `sleep`, `injection`, `memory_failure` | the cases of the host |
-//! | `death`, `loss` | the same, of GPUs that die |
+//! | `death`, `loss`, `resident` | the same, of GPUs that die |
 
 mod death;
 mod hotplug;
@@ -23,6 +23,7 @@ mod machines;
 mod memory_failure;
 mod mirrors;
 mod programs;
+mod resident;
 mod sleep;
 mod tables;
 
@@ -52,6 +53,7 @@ fn host_cases() -> impl Iterator<Item = &'static HostCase> {
         sleep::CASES,
         death::CASES,
         loss::CASES,
+        resident::CASES,
     ];
     groups.into_iter().flatten()
 }

@@ -39,13 +39,18 @@ cases! {
 /// As `Documentation/power/basic-pm-debugging` has them, each going further than the one before.
 const LEVELS: [&str; 5] = ["freezer", "devices", "platform", "processors", "core"];
 
-/// Goes to sleep as far as `level` says, and wakes by itself.
-fn rehearse(vm: &mut Vm, machines: &Machines, level: &str) -> Result<()> {
-    let line = format!(
+/// The line of shell with which the machine goes to sleep as far as `level` says, and wakes by itself. It fails
+/// where the machine stays awake.
+pub(crate) fn rehearsal(level: &str) -> String {
+    format!(
         "echo 1 > /sys/module/suspend/parameters/pm_test_delay; \
-         echo {level} > /sys/power/pm_test; echo mem > /sys/power/state; echo none > /sys/power/pm_test"
-    );
-    shell(vm, machines, &line, COMMAND)?.expect_success()?;
+         echo {level} > /sys/power/pm_test; slept=yes; echo mem > /sys/power/state || slept=no; \
+         echo none > /sys/power/pm_test; test $slept = yes"
+    )
+}
+
+fn rehearse(vm: &mut Vm, machines: &Machines, level: &str) -> Result<()> {
+    shell(vm, machines, &rehearsal(level), COMMAND)?.expect_success()?;
     Ok(())
 }
 

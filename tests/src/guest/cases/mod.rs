@@ -16,7 +16,7 @@ mod leaks;
 mod machines;
 mod mappings;
 mod migrate;
-mod mm;
+pub(super) mod mm;
 mod owner;
 mod process;
 mod races;

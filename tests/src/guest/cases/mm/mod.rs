@@ -23,7 +23,7 @@ mod numa;
 mod pins;
 mod proc;
 mod reclaim;
-mod start;
+pub(in crate::guest) mod start;
 mod storage;
 mod swap;
 mod userfault;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where pages are, and of which size, before mm does something to them; and what must hold after it.
-//! Used by all groups of the suite.
+//! Used by all groups of the suite, and by programs that hold such memory.
 
 use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
@@ -13,11 +13,11 @@ use farfault::{Advice, Gpu, HUGE_PAGE_SIZE, Place, pagemap, uapi::JobStatus};
 use std::time::{Duration, Instant};
 
 /// What regions of a [`Start`] hold.
-pub(super) const SEED: u64 = 0x3a3a;
+pub(in crate::guest) const SEED: u64 = 0x3a3a;
 
 /// Where the GPU has a region's pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum At {
+pub(in crate::guest) enum At {
     Vram,
     /// Mirrored: the GPU has them mapped where they are.
     Ram,
@@ -26,9 +26,9 @@ pub(super) enum At {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Start {
-    pub(super) backing: Backing<'static>,
-    pub(super) at: At,
+pub(in crate::guest) struct Start {
+    pub(in crate::guest) backing: Backing<'static>,
+    pub(in crate::guest) at: At,
 }
 
 const fn start(backing: Backing<'static>, at: At) -> Start {
@@ -37,7 +37,7 @@ const fn start(backing: Backing<'static>, at: At) -> Start {
 
 pub(super) const START_SMALL_VRAM: Start = start(Backing::Small, At::Vram);
 
-pub(super) const STARTS: [Start; 6] = [
+pub(in crate::guest) const STARTS: [Start; 6] = [
     start(Backing::Small, At::Vram),
     start(Backing::Huge, At::Vram),
     start(Backing::Small, At::Ram),
@@ -48,7 +48,7 @@ pub(super) const STARTS: [Start; 6] = [
 
 impl Start {
     /// A region of [`SEED`]'s words. The GPU has written to it last, and leaves pages where they are.
-    pub(super) fn region(self, gpu: &Gpu, length: usize) -> Result<Region> {
+    pub(in crate::guest) fn region(self, gpu: &Gpu, length: usize) -> Result<Region> {
         let region = Region::map(length, self.backing)?;
         oracle::write(region, SEED);
         self.place(gpu, region)?;
@@ -56,7 +56,7 @@ impl Start {
     }
 
     /// Puts pages there, and lets the GPU write to them, which changes nothing.
-    pub(super) fn place(self, gpu: &Gpu, region: Region) -> Result<()> {
+    pub(in crate::guest) fn place(self, gpu: &Gpu, region: Region) -> Result<()> {
         gpu.advise(region.pages(), Advice::MapOnly)?;
         let half = (region.length() / 2).next_multiple_of(farfault::PAGE_SIZE);
         let (first, second) = match self.at {
@@ -107,7 +107,12 @@ pub(super) fn ensure_sum(gpu: &Gpu, region: Region, first: usize, added: u64) ->
 
 /// GPU and CPU have one memory: each reads what is there, writes, and sees what the other wrote. The
 /// words are [`SEED`]'s from `first` on with `added`; after that, with 2 more.
-pub(super) fn exercise(gpu: &Gpu, region: Region, first: usize, added: u64) -> Result<()> {
+pub(super) fn exercise(
+    gpu: &Gpu,
+    region: Region,
+    first: usize,
+    added: u64,
+) -> Result<()> {
     ensure_sum(gpu, region, first, added)?;
     Job::add(region, 1).waves(2).run(gpu)?;
     ensure_sum(gpu, region, first, added.wrapping_add(1))?;
