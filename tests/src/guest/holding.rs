@@ -5,13 +5,13 @@
 use super::{
     Program,
     call::Job,
-    cases::mm::start::{At, SEED, STARTS},
+    cases::mm::start::{At, SEED, STARTS, exercise},
     child::{self, Gate, ensure_sigbus},
     oracle,
     place::move_all,
     programs::{DONE, READY, say, wait_for_a_line},
 };
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use farfault::arena::{Backing, Protection, Region, call_at};
 use farfault::{
     Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place,
@@ -38,6 +38,10 @@ pub const HOLD_MAPPED: &str = "hold-mapped";
 /// What PING gave follows.
 pub const PING_GAVE: &str = "ping gave ";
 
+/// Has a descriptor of the first GPU, memory of every start that a child shares, and pages in RAM that are the GPU's
+/// alone. When it gets a line, GPU and CPU go on with all of it.
+pub const HOLD_STARTS: &str = "hold-starts";
+
 pub(super) const PROGRAMS: &[Program] = &[
     Program {
         name: HOLD_RESIDENT,
@@ -46,6 +50,10 @@ pub(super) const PROGRAMS: &[Program] = &[
     Program {
         name: HOLD_MAPPED,
         run: hold_mapped,
+    },
+    Program {
+        name: HOLD_STARTS,
+        run: hold_starts,
     },
 ];
 
@@ -193,6 +201,39 @@ fn hold_mapped(arguments: &[String]) -> Result<()> {
         region.unmap()?;
     }
     drop(gpu);
+    say(DONE);
+    Ok(())
+}
+
+fn hold_starts(_: &[String]) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let held = Held::all(&gpu)?;
+    let gpu = RefCell::new(Some(gpu));
+    let (begun, told) = (Gate::new()?, Gate::new()?);
+    let child = fork(|| {
+        drop(gpu.take());
+        child::code((|| {
+            begun.open()?;
+            told.wait()?;
+            held.iter()
+                .try_for_each(|held| oracle::check(held.region, SEED, 0))
+        })())
+    })?;
+    begun.wait()?;
+    let gpu = gpu.take().context("the descriptor is the parent's")?;
+    let alone = Region::map(16 * PAGE_SIZE, Backing::Small)?;
+    oracle::write(alone, SEED);
+    gpu.make_exclusive(alone.pages())?;
+    say(READY);
+    wait_for_a_line()?;
+    for region in held.iter().map(|held| held.region).chain([alone]) {
+        exercise(&gpu, region, 0, 0)?;
+        move_all(&gpu, region, Place::Vram)?;
+        exercise(&gpu, region, 0, 2)?;
+    }
+    // It has what was before all that.
+    told.open()?;
+    ensure!(child.wait()? == Ended::Exited(0));
     say(DONE);
     Ok(())
 }

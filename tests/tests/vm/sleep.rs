@@ -9,11 +9,12 @@ use super::{
 use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
     Machine,
-    programs::{DONE, FAULT_FOR_EVER, HOLD_CLOSED, HOLD_OPEN, READY},
+    holding::HOLD_STARTS,
+    programs::{DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_OPEN, MIGRATE_FOR_EVER, READY},
 };
 use serde_json::json;
 use std::{thread, time::Duration};
-use xtask::vm::Vm;
+use xtask::vm::{GuestProcess, Vm};
 
 const COMMAND: Duration = Duration::from_secs(60);
 
@@ -30,7 +31,7 @@ macro_rules! cases {
 
 cases! {
     Keep suspend_at_each_pm_test_level_keeps_pages_of_vram,
-    Keep suspend_during_faults_ends_the_job_and_leaves_right_data,
+    Keep suspend_at_pm_test_levels_under_load_leaves_right_data,
     Keep pause_of_the_vm_keeps_contexts_jobs_and_pages,
     // A PC of QEMU that has slept cannot be powered off.
     GiveUp suspend_to_ram_keeps_pages_of_vram,
@@ -54,51 +55,91 @@ fn rehearse(vm: &mut Vm, machines: &Machines, level: &str) -> Result<()> {
     Ok(())
 }
 
+/// Processes with memory of every kind: huge pages in VRAM, and all starts.
+const HOLDERS: [&str; 2] = [HOLD_OPEN, HOLD_STARTS];
+
+fn hold(vm: &Vm, machines: &Machines) -> Result<Vec<GuestProcess>> {
+    let holders = HOLDERS.into_iter();
+    holders
+        .map(|program| start(vm, machines, program, READY))
+        .collect()
+}
+
+fn ensure_held(machines: &Machines, holders: Vec<GuestProcess>) -> Result<()> {
+    for process in holders {
+        let output = go_on(process, machines, COMMAND)?;
+        ensure!(output.stdout_text().contains(DONE), "{output:?}");
+    }
+    Ok(())
+}
+
+/// Starts programs that go on for ever, and gives them time to be at work.
+fn load(vm: &Vm, machines: &Machines, programs: &[&str]) -> Result<Vec<GuestProcess>> {
+    let processes = programs
+        .iter()
+        .map(|program| vm.spawn(&command(machines, &[program])));
+    let processes = processes.collect::<xtask::Result<_>>()?;
+    thread::sleep(machines.limit(Duration::from_millis(500)));
+    Ok(processes)
+}
+
+/// They go on until they are told to end, if it is not that a job of theirs has ended as it had to.
+fn ensure_load_went_on(machines: &Machines, processes: Vec<GuestProcess>) -> Result<()> {
+    for process in processes {
+        process.signal(SIGTERM)?;
+        let output = process.wait(machines.limit(COMMAND))?;
+        let said = output.stderr_text();
+        ensure!(!said.contains("should be"), "wrong data: {said}");
+        let ended = output.signal == Some(SIGTERM) || said.contains("Killed");
+        ensure!(ended, "{output:?}");
+    }
+    Ok(())
+}
+
 fn suspend_at_each_pm_test_level_keeps_pages_of_vram(
     vm: &mut Vm,
     machines: &Machines,
 ) -> Result<()> {
     for level in LEVELS {
-        let open = start(vm, machines, HOLD_OPEN, READY)?;
-        let closed = start(vm, machines, HOLD_CLOSED, READY)?;
+        let holders = hold(vm, machines)?;
         rehearse(vm, machines, level).context(level)?;
-        for process in [open, closed] {
-            let output = go_on(process, machines, COMMAND).context(level)?;
-            ensure!(output.stdout_text().contains(DONE));
-        }
+        ensure_held(machines, holders).context(level)?;
+    }
+    Ok(())
+}
+
+/// Faults, migrations and evictions all the time, and somebody who needs his data. As far as devices have a part in
+/// it, and as far as it goes.
+fn suspend_at_pm_test_levels_under_load_leaves_right_data(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    for level in ["devices", "core"] {
+        let holder = start(vm, machines, HOLD_STARTS, READY)?;
+        let load = load(
+            vm,
+            machines,
+            &[FAULT_FOR_EVER, MIGRATE_FOR_EVER, EVICT_FOR_EVER],
+        )?;
+        rehearse(vm, machines, level).context(level)?;
+        ensure_load_went_on(machines, load).context(level)?;
+        ensure_held(machines, vec![holder]).context(level)?;
     }
     Ok(())
 }
 
 fn suspend_to_ram_keeps_pages_of_vram(vm: &mut Vm, machines: &Machines) -> Result<()> {
-    let process = start(vm, machines, HOLD_OPEN, READY)?;
+    let holders = hold(vm, machines)?;
+    let load = load(vm, machines, &[MIGRATE_FOR_EVER])?;
     let line = "echo deep > /sys/power/mem_sleep; echo mem > /sys/power/state";
     let sleeper = vm.spawn(&["sh", "-ec", line])?;
     let limit = machines.limit(COMMAND);
     vm.qmp().wait_for_event("SUSPEND", limit, |_| true)?;
     vm.qmp().execute("system_wakeup", &json!({}))?;
     sleeper.wait(limit)?.expect_success()?;
-    let output = go_on(process, machines, COMMAND)?;
-    ensure!(output.stdout_text().contains(DONE));
+    ensure_load_went_on(machines, load)?;
+    ensure_held(machines, holders)?;
     ensure_nothing_left(vm, Machine::Small.gpus())
-}
-
-fn suspend_during_faults_ends_the_job_and_leaves_right_data(
-    vm: &mut Vm,
-    machines: &Machines,
-) -> Result<()> {
-    let process = vm.spawn(&command(machines, &[FAULT_FOR_EVER]))?;
-    // Long enough for it to be at work.
-    thread::sleep(machines.limit(Duration::from_millis(300)));
-    rehearse(vm, machines, "devices")?;
-    // It may have been between two jobs.
-    process.signal(SIGTERM)?;
-    let output = process.wait(machines.limit(COMMAND))?;
-    let said = output.stderr_text();
-    ensure!(!said.contains("should be"), "wrong data: {said}");
-    let ended = output.signal == Some(SIGTERM) || said.contains("Killed");
-    ensure!(ended, "{output:?}");
-    Ok(())
 }
 
 /// QEMU's `stop` and `cont`, as a snapshot has them.

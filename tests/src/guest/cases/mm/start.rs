@@ -107,7 +107,7 @@ pub(super) fn ensure_sum(gpu: &Gpu, region: Region, first: usize, added: u64) ->
 
 /// GPU and CPU have one memory: each reads what is there, writes, and sees what the other wrote. The
 /// words are [`SEED`]'s from `first` on with `added`; after that, with 2 more.
-pub(super) fn exercise(
+pub(in crate::guest) fn exercise(
     gpu: &Gpu,
     region: Region,
     first: usize,
