@@ -5,11 +5,17 @@
 use super::start::{SEED, ensure_words, eventually};
 use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
+    child::code,
     oracle, settings,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
-use farfault::{Access, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, stage::Advice, uapi::JobStatus};
+use farfault::{
+    Access, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE,
+    process::{Ended, fork},
+    stage::Advice,
+    uapi::JobStatus,
+};
 use rustix::{
     fs::{FallocateFlags, MemfdFlags, fallocate, fsync, ftruncate, memfd_create},
     io::Errno,
@@ -26,6 +32,7 @@ group! { "mm::files", gpus 1, seconds 60:
     shared_file_written_by_the_gpu_keeps_it_without_the_mapping,
     shared_file_written_by_the_gpu_is_clean_and_written_again,
     private_file_written_by_the_gpu_keeps_its_own_pages,
+    shared_file_written_by_the_gpu_is_seen_by_a_child_and_the_other_way_round,
     shared_anonymous_memory_written_by_the_gpu_is_seen_by_a_child,
     file_truncated_fails_the_gpu_beyond_its_end,
     file_truncated_during_a_job_ends_it,
@@ -39,10 +46,10 @@ group! { "mm::files", gpus 1, seconds 60:
 const LENGTH: usize = 64 * PAGE_SIZE;
 
 /// A folder on a file system of its own, which goes when this is dropped.
-struct Mounted(PathBuf);
+pub(super) struct Mounted(PathBuf);
 
 impl Mounted {
-    fn new(kind: &str, options: &str) -> Result<Self> {
+    pub(super) fn new(kind: &str, options: &str) -> Result<Self> {
         let folder = PathBuf::from(format!("/tmp/farfault-{kind}-{}", std::process::id()));
         fs::create_dir_all(&folder)?;
         let options = std::ffi::CString::new(options)?;
@@ -51,7 +58,7 @@ impl Mounted {
         Ok(Self(folder))
     }
 
-    fn file(&self, length: usize) -> Result<File> {
+    pub(super) fn file(&self, length: usize) -> Result<File> {
         let path = self.0.join("file");
         let file = OpenOptions::new()
             .read(true)
@@ -72,33 +79,72 @@ impl Drop for Mounted {
     }
 }
 
-/// Files of each kind, of so many bytes. What they live on comes along.
-fn files(length: usize) -> Result<Vec<(&'static str, File, Option<Mounted>)>> {
-    let memfd = File::from(memfd_create("farfault-test", MemfdFlags::CLOEXEC)?);
-    ftruncate(&memfd, length as u64)?;
-    let small = Mounted::new("tmpfs", "size=64M")?;
-    let on_tmpfs = small.file(length)?;
-    // In huge pages.
-    let huge = File::from(memfd_create("farfault-huge", MemfdFlags::CLOEXEC)?);
-    ftruncate(&huge, length as u64)?;
-    Ok(vec![
-        ("memfd", memfd, None),
-        ("tmpfs", on_tmpfs, Some(small)),
-        ("memfd, collapsed", huge, None),
-    ])
+/// How a file is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Memfd,
+    Tmpfs,
+    /// A huge page, since `MADV_COLLAPSE`.
+    Collapsed,
+    /// A huge page from the first touch on.
+    TmpfsHuge,
 }
 
+impl Kind {
+    const ALL: [Self; 4] = [Self::Memfd, Self::Tmpfs, Self::Collapsed, Self::TmpfsHuge];
+
+    fn is_huge(self) -> bool {
+        matches!(self, Self::Collapsed | Self::TmpfsHuge)
+    }
+
+    /// A file, with what it lives on. A huge one is longer.
+    fn file(self, length: usize) -> Result<(File, Option<Mounted>)> {
+        let options = match self {
+            Self::Tmpfs => "huge=never,size=64M",
+            Self::TmpfsHuge => "huge=always,size=64M",
+            Self::Memfd | Self::Collapsed => {
+                let file = File::from(memfd_create("farfault-test", MemfdFlags::CLOEXEC)?);
+                ftruncate(&file, self.length(length) as u64)?;
+                return Ok((file, None));
+            }
+        };
+        let mounted = Mounted::new("tmpfs", options)?;
+        Ok((mounted.file(self.length(length))?, Some(mounted)))
+    }
+
+    fn length(self, length: usize) -> usize {
+        if self.is_huge() {
+            length.next_multiple_of(HUGE_PAGE_SIZE)
+        } else {
+            length
+        }
+    }
+}
+
+/// Whether CPU and GPU have all of a region mapped as huge pages.
+pub(super) fn is_huge(gpu: &Gpu, region: Region) -> Result<bool> {
+    let states = gpu.query(region.pages())?;
+    Ok(states.iter().all(|page| page.cpu.huge && page.gpu.huge))
+}
+
+/// Runs a case on a file of each kind, of so many bytes at least, that the GPU has mapped and written to.
 fn each_file(length: usize, case: impl Fn(&Gpu, &File, Region) -> Result<()>) -> Result<()> {
-    for (kind, file, mounted) in files(length)? {
+    for kind in Kind::ALL {
+        let (file, mounted) = kind.file(length)?;
         let gpu = Gpu::open_first()?;
-        let region = Region::map(length, Backing::File(&file))?;
+        let region = Region::map(kind.length(length), Backing::File(&file))?;
         oracle::write(region, SEED);
-        if kind.ends_with("collapsed") {
-            // Where the kernel does that for files in memory.
-            let _ = region.advise(Advice::Collapse);
+        if kind == Kind::Collapsed {
+            eventually("the file is collapsed", || {
+                Ok(region.advise(Advice::Collapse).is_ok())
+            })?;
         }
         Job::add(region, 0).waves(2).run(&gpu)?;
-        case(&gpu, &file, region).with_context(|| kind.to_owned())?;
+        ensure!(
+            !kind.is_huge() || is_huge(&gpu, region)?,
+            "{kind:?}: not in huge pages"
+        );
+        case(&gpu, &file, region).with_context(|| format!("{kind:?}"))?;
         region.unmap()?;
         drop(file);
         drop(mounted);
@@ -161,13 +207,13 @@ fn shared_file_written_by_the_gpu_is_clean_and_written_again() -> Result<()> {
 
 fn private_file_written_by_the_gpu_keeps_its_own_pages() -> Result<()> {
     each_file(LENGTH, |gpu, file, shared| {
-        let private = Region::map(LENGTH, Backing::FilePrivate(file))?;
+        let private = Region::map(shared.length(), Backing::FilePrivate(file))?;
         let sum = Job::sum(private).waves(2).run(gpu)?;
         ensure!(sum == oracle::expected_sum(private, SEED, 0));
         Job::add(private, 1).waves(2).run(gpu)?;
         Job::add(shared, 5).waves(2).run(gpu)?;
         oracle::check(private, SEED, 1)?;
-        ensure_file(file, LENGTH, 5)?;
+        ensure_file(file, shared.length(), 5)?;
         // Its own pages may go to VRAM; thrown away, they are the file's again.
         gpu.migrate(private.pages(), farfault::Place::Vram)?;
         Job::add(private, 1).waves(2).run(gpu)?;
@@ -181,9 +227,30 @@ fn private_file_written_by_the_gpu_keeps_its_own_pages() -> Result<()> {
     })
 }
 
+fn shared_file_written_by_the_gpu_is_seen_by_a_child_and_the_other_way_round() -> Result<()> {
+    each_file(LENGTH, |gpu, file, region| {
+        let private = Region::map(region.length(), Backing::FilePrivate(file))?;
+        Job::add(private, 7).waves(2).run(gpu)?;
+        Job::add(region, 1).waves(2).run(gpu)?;
+        let child = fork(|| {
+            code((|| {
+                let gpu = Gpu::open_first()?;
+                oracle::check(region, SEED, 1)?;
+                Job::add(region, 1).waves(2).run(&gpu)?;
+                Job::add(private, 1).waves(2).run(&gpu)?;
+                oracle::check(private, SEED, 8)
+            })())
+        })?;
+        ensure!(child.wait()? == Ended::Exited(0));
+        let sum = Job::sum(region).waves(2).run(gpu)?;
+        ensure!(sum == oracle::expected_sum(region, SEED, 2));
+        oracle::check(private, SEED, 7)?;
+        ensure_file(file, region.length(), 2)?;
+        Ok(private.unmap()?)
+    })
+}
+
 fn shared_anonymous_memory_written_by_the_gpu_is_seen_by_a_child() -> Result<()> {
-    use crate::guest::child::code;
-    use farfault::process::{Ended, fork};
     let gpu = Gpu::open_first()?;
     let region = Region::map(2 << 20, Backing::Shared)?;
     oracle::write(region, SEED);
@@ -238,7 +305,7 @@ fn file_truncated_during_a_job_ends_it() -> Result<()> {
         let end = call::wait(gpu, fence, JOB_TIME)?;
         ensure_status(&end, JobStatus::Fault)?;
         ensure!(end.fault_address == region.address(), "{end:x?}");
-        ftruncate(file, LENGTH as u64)?;
+        ftruncate(file, region.length() as u64)?;
         ensure_words(region, 0)
     })
 }
@@ -275,7 +342,7 @@ fn hole_punched_during_a_job_loses_nothing_outside() -> Result<()> {
     each_file(LENGTH, |gpu, file, region| {
         // It counts in one page, and holes are punched there and beside it all the time.
         let fence = Job::atomic_add(region.address(), 1, u64::MAX).submit(gpu)?;
-        let rest = region.part(PAGE_SIZE, LENGTH - PAGE_SIZE);
+        let rest = region.part(PAGE_SIZE, region.length() - PAGE_SIZE);
         for round in 1..=20u64 {
             Job::fill(rest, round).waves(2).run(gpu)?;
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;

@@ -5,11 +5,12 @@
 //! [`super::swap_jobs`].
 
 use super::{
+    files::{Mounted, is_huge},
     start::{
         At, SEED, Start, ensure_agreement, ensure_sum, ensure_words, eventually, exercise,
         exercise_all, exercise_empty,
     },
-    storage::{EACH_SWAP, Swap, drop_caches, swap_out, swapped},
+    storage::{EACH_SWAP, Swap, drop_caches, swap_out, swapped, vmstat},
 };
 use crate::guest::{
     call::Job,
@@ -31,6 +32,7 @@ group! { "mm::swap", on Disk, seconds 120:
     mirrored_pages_swapped_out_come_back_by_the_gpus_fault,
     gpu_writes_to_pages_that_came_back_clean_survive_swap,
     gpu_writes_to_shared_memory_that_was_only_read_survive_swap,
+    gpu_writes_to_a_huge_page_of_a_file_survive_swap,
     pages_in_vram_are_not_swapped_and_are_once_home,
     half_in_vram_and_half_swapped_keeps_the_data,
     swapped_pages_asked_to_vram_keep_the_data,
@@ -152,11 +154,7 @@ fn gpu_writes_to_shared_memory_that_was_only_read_survive_swap() -> Result<()> {
                 ensure_words(region, 0)?;
             }
             Job::fill(region, 7).waves(2).run(&gpu)?;
-            eventually("shared memory is swapped", || {
-                region.advise(stage::Advice::PageOut)?;
-                drop_caches()?;
-                Ok(count(&gpu, region, Place::None)? == region.pages().count())
-            })?;
+            swap_out_shared(&gpu, region)?;
             let context = || format!("swap on {on:?}, first read by the GPU: {gpu_reads}");
             ensure_words(region, 7).with_context(context)?;
             ensure!(
@@ -166,6 +164,37 @@ fn gpu_writes_to_shared_memory_that_was_only_read_survive_swap() -> Result<()> {
             );
             region.unmap()?;
         }
+    }
+    Ok(())
+}
+
+/// The same of shared memory: its page tables do not say what is swapped.
+fn swap_out_shared(gpu: &Gpu, region: Region) -> Result<()> {
+    eventually("shared memory is swapped", || {
+        region.advise(stage::Advice::PageOut)?;
+        drop_caches()?;
+        Ok(count(gpu, region, Place::None)? == region.pages().count())
+    })
+}
+
+fn gpu_writes_to_a_huge_page_of_a_file_survive_swap() -> Result<()> {
+    for on in EACH_SWAP {
+        let _swap = Swap::on(on)?;
+        let mounted = Mounted::new("tmpfs", "huge=always,size=64M")?;
+        let file = mounted.file(HUGE_PAGE_SIZE)?;
+        let gpu = Gpu::open_first()?;
+        let region = Region::map(HUGE_PAGE_SIZE, Backing::File(&file))?;
+        oracle::write(region, SEED);
+        Job::add(region, 0).waves(2).run(&gpu)?;
+        ensure!(is_huge(&gpu, region)?, "the file is not in huge pages");
+        let before = vmstat("pswpout")?;
+        swap_out_shared(&gpu, region)?;
+        let out = vmstat("pswpout")? - before;
+        ensure!(out >= region.pages().count() as u64, "{out} pages swapped");
+        exercise(&gpu, region, 0, 0).with_context(|| format!("swap on {on:?}"))?;
+        swap_out_shared(&gpu, region)?;
+        oracle::check(region, SEED, 2)?;
+        region.unmap()?;
     }
     Ok(())
 }
