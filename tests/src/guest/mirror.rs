@@ -48,7 +48,7 @@ impl Action {
     ];
 
     /// `_IOWR('H', number, struct hmm_dmirror_cmd)`.
-    fn opcode(self) -> u32 {
+    pub(crate) fn opcode(self) -> u32 {
         const BOTH: u32 = 3;
         let size = (COMMAND_WORDS * size_of::<u64>()) as u32;
         BOTH << 30 | size << 16 | u32::from(b'H') << 8 | self as u32

@@ -108,7 +108,10 @@ fn receive(socket: &OwnedFd) -> Result<OwnedFd> {
 }
 
 /// A child opens the GPU and sends it here; `check` runs while it lives, or after its end.
-fn with_descriptor_of_child(after_its_end: bool, check: fn(&OwnedFd) -> Result<()>) -> Result<()> {
+pub(super) fn with_descriptor_of_child(
+    after_its_end: bool,
+    check: impl FnOnce(&OwnedFd) -> Result<()>,
+) -> Result<()> {
     let (here, there) = socketpair(
         AddressFamily::UNIX,
         SocketType::STREAM,

@@ -171,6 +171,24 @@ fn wanted_by(gpus: &[Gpu], length: usize) -> Result<()> {
     Ok(())
 }
 
+const DRIVER: &str = "/sys/bus/virtio/drivers/farfault";
+
+/// The name of a bound GPU's device, by its number among them.
+pub(super) fn bound(number: usize) -> Result<String> {
+    let mut names: Vec<_> = fs::read_dir(DRIVER)?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with("virtio"))
+        .collect();
+    names.sort();
+    let name = names.into_iter().nth(number);
+    name.context("no such GPU is bound")
+}
+
+pub(super) fn tell_driver(file: &str, device: &str) -> Result<()> {
+    let path = PathBuf::from(DRIVER).join(file);
+    fs::write(&path, device).with_context(|| format!("{device} to {}", path.display()))
+}
+
 pub(super) mod two {
     use super::*;
 
@@ -242,28 +260,6 @@ pub(super) mod two {
         Ok(())
     }
 
-    const DRIVER: &str = "/sys/bus/virtio/drivers/farfault";
-
-    /// The name of a bound GPU's device.
-    fn bound(last: bool) -> Result<String> {
-        let mut names: Vec<_> = fs::read_dir(DRIVER)?
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .filter(|name| name.starts_with("virtio"))
-            .collect();
-        names.sort();
-        let name = if last {
-            names.pop()
-        } else {
-            names.into_iter().next()
-        };
-        name.context("no GPU is bound")
-    }
-
-    fn tell_driver(file: &str, device: &str) -> Result<()> {
-        let path = PathBuf::from(DRIVER).join(file);
-        fs::write(&path, device).with_context(|| format!("{device} to {}", path.display()))
-    }
-
     /// Works until the GPU is gone, or it is told to stop; how many turns went well.
     fn work_until_gone(gpu: &Gpu, shared: &Shared, stop: &AtomicBool) -> Result<(u64, bool)> {
         let mut turns = 0;
@@ -297,7 +293,7 @@ pub(super) mod two {
                 gpu.advise(shared.region.pages(), Advice::PreferGpu)?;
             }
             let stop = AtomicBool::new(false);
-            let device = bound(last)?;
+            let device = bound(usize::from(last))?;
             let ended = thread::scope(|scope| -> Result<Vec<_>> {
                 let workers: Vec<_> = gpus
                     .iter()

@@ -3,6 +3,7 @@
 //! oracle (`written`), the memory (`field`), the threads (`workers`, `torn`, `recycle`) and the case
 //! (`engine`).
 
+mod beside;
 mod engine;
 mod field;
 mod gpus;
@@ -24,7 +25,8 @@ pub(super) const GROUPS: &[&[Case]] = &[
     gpus::two::CASES,
     gpus::eight::CASES,
     kill::CASES,
-    hostile::CASES,
+    hostile::one_gpu::CASES,
+    hostile::mirrors::CASES,
     oversubscription::CASES,
     recheck::CASES,
     zap::CASES,
