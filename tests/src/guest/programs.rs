@@ -503,6 +503,8 @@ const FAILING: [(Backing<'_>, usize, bool); 5] = [
     (Backing::Huge, 0, true),
 ];
 
+const SIGBUS: i32 = 7;
+
 fn lose_memory(_: &[String]) -> Result<()> {
     let gpu = Gpu::open_first()?;
     let mut memory = Vec::new();
@@ -514,21 +516,38 @@ fn lose_memory(_: &[String]) -> Result<()> {
         failing.push(vram.context("QUERY says nothing of a page in VRAM")?);
         memory.push((region, page, asked));
     }
-    // And one that a child has, too, so that the GPU may only read it.
+    // And one that a child has, too, so that the GPU may only read it. Both lose it, and it alone.
     let shared = written(4 * PAGE_SIZE, Backing::Small)?;
     move_all(&gpu, shared, Place::Vram)?;
     let vram = state(&gpu, shared, 1)?.cpu.vram;
     failing.push(vram.context("QUERY says nothing of a page in VRAM")?);
     let gate = Gate::new()?;
-    let child = fork(|| child::code(gate.wait()))?;
+    let lost = shared.part(PAGE_SIZE, PAGE_SIZE);
+    let rest = shared.part(2 * PAGE_SIZE, 2 * PAGE_SIZE);
+    let lose_shared = |added_before| -> Result<()> {
+        ensure_sigbus(lost.address(), || lost.store(0, 1))?;
+        oracle::check(shared.part(0, PAGE_SIZE), SEED, added_before)?;
+        oracle::check_part(rest, SEED, 2 * PAGE_SIZE / 8, 0)
+    };
+    let child = fork(|| {
+        child::code((|| {
+            gate.wait()?;
+            lose_shared(0)?;
+            ensure!(lost.load(0) == 0, "nothing is there");
+            Ok(())
+        })())
+    })?;
     println!("{}", serde_json::to_string(&failing)?);
     say(READY);
     wait_for_a_line()?;
     let end = Job::add(shared, 1).end(&gpu)?;
     call::ensure_status(&end, JobStatus::MemoryError)?;
-    ensure!(end.fault_address == shared.address() + PAGE_SIZE as u64);
+    ensure!(end.fault_address == lost.address());
     gate.open()?;
-    ensure!(child.wait()? == Ended::Exited(0));
+    let ended = child.wait()?;
+    ensure!(ended == Ended::Signaled(SIGBUS), "the child: {ended:?}");
+    // The job came as far as that page.
+    lose_shared(1)?;
     shared.unmap()?;
     for (region, page, asked) in memory {
         let word = page * PAGE_SIZE / 8;

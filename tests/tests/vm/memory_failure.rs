@@ -3,27 +3,47 @@
 
 use super::{
     HostCase,
-    inside::{go_on, guest, shell, start},
+    inside::{command, go_on, guest, shell, start},
     machines::{After, Machines},
 };
 use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
-    Machine,
-    programs::{DONE, LOSE_MEMORY, READY},
+    Machine, VRAM,
+    holding::HOLD_MAPPED,
+    programs::{
+        DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_OPEN, LOSE_MEMORY, MIGRATE_FOR_EVER, READY,
+    },
 };
-use std::{thread, time::Duration};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 use xtask::vm::Vm;
 
 const COMMAND: Duration = Duration::from_secs(60);
 /// For thousands of CPU faults, or a walk through all of VRAM, on a busy host.
 const LONG: Duration = Duration::from_secs(300);
+const PAGE: u64 = 4 << 10;
+/// What VRAM is managed in.
+const BLOCK: u64 = 2 << 20;
+const SIGBUS: i32 = 7;
+const SIGTERM: i32 = 15;
 
-pub(crate) const CASES: &[HostCase] = &[HostCase {
-    name: "lifecycle::poisoned_page_kills_only_its_users_and_is_not_used_again",
-    machine: Machine::Small,
-    after: After::Keep,
-    run: poisoned_page_kills_only_its_users_and_is_not_used_again,
-}];
+macro_rules! cases {
+    ($($name:ident,)*) => {
+        pub(crate) const CASES: &[HostCase] = &[$(HostCase {
+            name: concat!("lifecycle::", stringify!($name)),
+            machine: Machine::Small,
+            after: After::Keep,
+            run: $name,
+        },)*];
+    };
+}
+
+cases! {
+    poisoned_page_kills_only_its_users_and_is_not_used_again,
+    pages_poisoned_under_load_are_not_used_again,
+}
 
 /// What debugfs says of pages that are used no more.
 fn retired(vm: &mut Vm, machines: &Machines) -> Result<usize> {
@@ -32,48 +52,111 @@ fn retired(vm: &mut Vm, machines: &Machines) -> Result<usize> {
     Ok(output.stdout_text().trim().parse()?)
 }
 
-fn poisoned_page_kills_only_its_users_and_is_not_used_again(
-    vm: &mut Vm,
-    machines: &Machines,
-) -> Result<()> {
-    ensure!(retired(vm, machines)? == 0);
-    let process = start(vm, machines, LOSE_MEMORY, READY)?;
-    let said = process.stdout_so_far();
-    let line = said.lines().find(|line| line.starts_with('['));
-    let pages: Vec<u64> = serde_json::from_str(line.context("it names no pages")?)?;
-    for page in &pages {
-        vm.device(0)?.command(&["poison", &page.to_string()])?;
-    }
-    // As they cannot go home, the machine cannot sleep, and all goes on.
-    let sleep = "echo devices > /sys/power/pm_test; ! echo mem > /sys/power/state; \
-                 echo none > /sys/power/pm_test";
-    shell(vm, machines, sleep, COMMAND)?.expect_success()?;
-    let output = go_on(process, machines, LONG)?;
-    ensure!(output.stdout_text().contains(DONE));
-    // The process has ended, and with it the last who had the pages.
-    let deadline = machines.limit(COMMAND);
-    let mut waited = Duration::ZERO;
-    while retired(vm, machines)? != pages.len() {
+/// Waits until so many are used no more: the last who had them have ended.
+fn wait_for_retired(vm: &mut Vm, machines: &Machines, pages: usize) -> Result<()> {
+    let deadline = Instant::now() + machines.limit(COMMAND);
+    loop {
+        let retired = retired(vm, machines)?;
+        if retired == pages {
+            return Ok(());
+        }
         ensure!(
-            waited < deadline,
-            "{} pages are retired",
-            retired(vm, machines)?
+            retired < pages && Instant::now() < deadline,
+            "{retired} pages are retired, and should be {pages}"
         );
         thread::sleep(Duration::from_millis(50));
-        waited += Duration::from_millis(50);
     }
-    // All the rest of VRAM goes round: a page that had failed would end a job, or a migration.
-    guest(
-        vm,
-        machines,
-        &["eviction::small_pages_of_twice_the_vram_make_the_round_trip"],
-        LONG,
-    )?;
-    ensure!(retired(vm, machines)? == pages.len());
-    // A reset makes them sound.
+}
+
+fn poison(vm: &mut Vm, pages: &[u64]) -> Result<()> {
+    for page in pages {
+        vm.device(0)?.command(&["poison", &page.to_string()])?;
+    }
+    Ok(())
+}
+
+/// All of VRAM goes round in a case: a page that had failed would end a job, or a migration.
+fn ensure_rest_is_sound(
+    vm: &mut Vm,
+    machines: &Machines,
+    case: &str,
+    retired_pages: usize,
+) -> Result<()> {
+    guest(vm, machines, &[case], LONG)?;
+    ensure!(retired(vm, machines)? == retired_pages);
+    Ok(())
+}
+
+/// A reset makes all pages sound, and none has been used.
+fn bind_again(vm: &mut Vm, machines: &Machines) -> Result<()> {
     let again = "cd /sys/bus/virtio/drivers/farfault; gpu=$(echo virtio*); \
                  echo $gpu > unbind; echo $gpu > bind";
     shell(vm, machines, again, COMMAND)?.expect_success()?;
     ensure!(retired(vm, machines)? == 0);
     Ok(())
+}
+
+fn poisoned_page_kills_only_its_users_and_is_not_used_again(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    bind_again(vm, machines)?;
+    let process = start(vm, machines, LOSE_MEMORY, READY)?;
+    let bystander = start(vm, machines, HOLD_OPEN, READY)?;
+    let said = process.stdout_so_far();
+    let line = said.lines().find(|line| line.starts_with('['));
+    let mut pages: Vec<u64> = serde_json::from_str(line.context("it names no pages")?)?;
+    poison(vm, &pages)?;
+    // As they cannot go home, the machine cannot sleep, and all goes on.
+    let sleep = "echo devices > /sys/power/pm_test; ! echo mem > /sys/power/state; \
+                 echo none > /sys/power/pm_test";
+    shell(vm, machines, sleep, COMMAND)?.expect_success()?;
+    for process in [process, bystander] {
+        let output = go_on(process, machines, LONG)?;
+        ensure!(output.stdout_text().contains(DONE));
+    }
+    wait_for_retired(vm, machines, pages.len())?;
+    // One that has just become free, of the huge page around the second, and one that nobody has ever had.
+    let nobodys = [pages[1] + PAGE, VRAM - PAGE];
+    poison(vm, &nobodys)?;
+    pages.extend(nobodys);
+    wait_for_retired(vm, machines, pages.len())?;
+    let case = "eviction::small_pages_of_twice_the_vram_make_the_round_trip";
+    ensure_rest_is_sound(vm, machines, case, pages.len())?;
+    bind_again(vm, machines)
+}
+
+/// Their users get SIGBUS or an error of a job, if they do not just go on: a page may be free when it fails.
+fn pages_poisoned_under_load_are_not_used_again(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    bind_again(vm, machines)?;
+    let bystander = vm.spawn(&command(machines, &[HOLD_MAPPED, "0"]))?;
+    bystander.wait_for(READY, machines.limit(COMMAND))?;
+    let load = [FAULT_FOR_EVER, MIGRATE_FOR_EVER, EVICT_FOR_EVER];
+    let load = load.map(|program| vm.spawn(&command(machines, &[program])));
+    let load = load.into_iter().collect::<xtask::Result<Vec<_>>>()?;
+    thread::sleep(machines.limit(Duration::from_millis(500)));
+    // In every block, each time another page of it.
+    let pages: Vec<_> = (0..VRAM / BLOCK)
+        .map(|block| block * BLOCK + block * 3 * PAGE)
+        .collect();
+    for page in &pages {
+        poison(vm, &[*page])?;
+        thread::sleep(Duration::from_millis(20));
+    }
+    for process in load {
+        // Most have ended by themselves.
+        process.signal(SIGTERM)?;
+        let output = process.wait(machines.limit(LONG))?;
+        let said = output.stderr_text();
+        ensure!(!said.contains("should be"), "wrong data: {said}");
+        let ended =
+            [Some(SIGTERM), Some(SIGBUS)].contains(&output.signal) || said.contains("MemoryError");
+        ensure!(ended, "{output:?}");
+    }
+    let output = go_on(bystander, machines, COMMAND)?;
+    ensure!(output.stdout_text().contains(DONE));
+    wait_for_retired(vm, machines, pages.len())?;
+    let case = "eviction::request_for_more_than_vram_moves_what_fits";
+    ensure_rest_is_sound(vm, machines, case, pages.len())?;
+    bind_again(vm, machines)
 }
