@@ -5,13 +5,13 @@ use crate::guest::{
     Machine,
     call::{self, JOB_TIME, Job, ensure_status},
     oracle,
-    place::move_all,
+    place::{migrate, move_all},
     settings,
 };
 use anyhow::{Context, Result, anyhow, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
-    Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place,
+    Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, PageState, Place,
     uapi::{self, JobStatus},
 };
 use rustix::io::Errno;
@@ -39,18 +39,24 @@ fn open(count: usize) -> Result<Vec<Gpu>> {
 /// Words that all add to, each on a page of its own, with constant ones between them.
 struct Shared {
     region: Region,
+    /// Words from one shared word to the next.
+    step: usize,
     added: AtomicU64,
 }
 
-/// Pages from one shared word to the next.
-const STEP: usize = 8;
+/// Pages from one shared word to the next, at least.
+const LEAST_STEP: usize = 8;
+/// At most so many shared words.
+const MOST_SHARED: usize = 8;
 
 impl Shared {
     fn new(length: usize, backing: Backing<'_>) -> Result<Self> {
         let region = Region::map(length, backing)?;
         oracle::write(region, SEED);
+        let pages = (length / PAGE_SIZE / MOST_SHARED).max(LEAST_STEP);
         let shared = Self {
             region,
+            step: pages * PAGE_SIZE / 8,
             added: AtomicU64::new(0),
         };
         shared.words().for_each(|index| region.store(index, 0));
@@ -58,7 +64,7 @@ impl Shared {
     }
 
     fn words(&self) -> impl Iterator<Item = usize> {
-        (0..self.region.words()).step_by(STEP * PAGE_SIZE / 8)
+        (0..self.region.words()).step_by(self.step)
     }
 
     /// A job on each word at a time: it adds, and reads what is constant behind it.
@@ -87,7 +93,7 @@ impl Shared {
     fn ensure_final(&self) -> Result<()> {
         let added = self.added.load(SeqCst);
         for index in 0..self.region.words() {
-            let shared = index % (STEP * PAGE_SIZE / 8) == 0;
+            let shared = index % self.step == 0;
             let should = if shared {
                 added
             } else {
@@ -104,7 +110,11 @@ impl Shared {
 }
 
 /// All GPUs take their turns until each has had enough and the time is over; the turns of each.
-fn take_turns(gpus: &[Gpu], shared: &Shared, enough: u64) -> Result<Vec<u64>> {
+fn take_turns(
+    gpus: &[Gpu],
+    enough: u64,
+    turn: impl Fn(usize, &Gpu) -> Result<()> + Sync,
+) -> Result<Vec<u64>> {
     let begin = Instant::now();
     let duration = settings::duration(SHORT);
     let turns: Vec<_> = gpus.iter().map(|_| AtomicU64::new(0)).collect();
@@ -119,7 +129,7 @@ fn take_turns(gpus: &[Gpu], shared: &Shared, enough: u64) -> Result<Vec<u64>> {
         Ok(!(all && over || failed.load(SeqCst)))
     };
     thread::scope(|scope| {
-        let (turns, go_on, failed) = (&turns, &go_on, &failed);
+        let (turn, turns, go_on, failed) = (&turn, &turns, &go_on, &failed);
         let threads: Vec<_> = gpus
             .iter()
             .enumerate()
@@ -127,7 +137,7 @@ fn take_turns(gpus: &[Gpu], shared: &Shared, enough: u64) -> Result<Vec<u64>> {
                 scope.spawn(move || {
                     let work = || -> Result<()> {
                         while go_on()? {
-                            shared.turn(gpu)?;
+                            turn(number, gpu)?;
                             turns[number].fetch_add(1, SeqCst);
                         }
                         Ok(())
@@ -142,33 +152,88 @@ fn take_turns(gpus: &[Gpu], shared: &Shared, enough: u64) -> Result<Vec<u64>> {
             .into_iter()
             .try_for_each(|thread| thread.join().map_err(|_| anyhow!("a thread panicked"))?)
     })?;
-    let turns: Vec<_> = turns.iter().map(|turns| turns.load(SeqCst)).collect();
+    let turns: Vec<_> = turns.into_iter().map(AtomicU64::into_inner).collect();
     println!("turns: {turns:?} in {:?}", begin.elapsed());
     Ok(turns)
 }
 
-/// Each way in which a GPU can have the range: in its VRAM, or in RAM for itself.
+/// Where a range is when they begin to take turns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begin {
+    Ram,
+    /// Its halves are in the VRAM of the first GPU, and of the second.
+    Halves,
+}
+
+/// Each way in which a GPU can have the range: in its VRAM, or in RAM for itself. A range of so many bytes in small
+/// pages, and one that is a huge page.
 fn wanted_by(gpus: &[Gpu], length: usize) -> Result<()> {
-    for backing in [Backing::Small, Backing::Huge] {
-        for advice in [Advice::PreferGpu, Advice::MapOnly] {
-            let shared = Shared::new(length, backing)?;
-            for gpu in gpus {
-                gpu.advise(shared.region.pages(), advice)?;
-            }
-            let what = || format!("{backing:?} {advice:?}");
-            take_turns(gpus, &shared, TURNS).with_context(what)?;
-            shared.ensure_final().with_context(what)?;
-            for (number, gpu) in gpus.iter().enumerate() {
-                let stats = gpu.stats()?;
-                ensure!(
-                    stats.gpu_faults >= TURNS,
-                    "GPU {number} had the range all the time: {stats:?}"
-                );
-            }
-            shared.region.unmap()?;
+    use Advice::{MapOnly, PreferGpu};
+    let small = (Backing::Small, length);
+    let huge = (Backing::Huge, HUGE_PAGE_SIZE);
+    for ((backing, length), advice, start) in [
+        (small, PreferGpu, Begin::Ram),
+        (small, MapOnly, Begin::Ram),
+        (huge, PreferGpu, Begin::Ram),
+        (huge, MapOnly, Begin::Ram),
+        (small, PreferGpu, Begin::Halves),
+        (huge, PreferGpu, Begin::Halves),
+    ] {
+        let what = || format!("{backing:?} {advice:?} {start:?}");
+        let shared = Shared::new(length, backing)?;
+        let half = length / 2;
+        if start == Begin::Halves {
+            move_all(&gpus[0], shared.region.part(0, half), Place::Vram)?;
+            move_all(&gpus[1], shared.region.part(half, half), Place::Vram)?;
         }
+        let states = gpus[0].query(shared.region.pages())?;
+        let is_huge = states.iter().all(|page| page.cpu.huge);
+        let should = matches!(backing, Backing::Huge) && start == Begin::Ram;
+        ensure!(is_huge == should, "{}: huge {is_huge}", what());
+        for gpu in gpus {
+            gpu.advise(shared.region.pages(), advice)?;
+        }
+        take_turns(gpus, TURNS, |_, gpu| shared.turn(gpu)).with_context(what)?;
+        shared.ensure_final().with_context(what)?;
+        for (number, gpu) in gpus.iter().enumerate() {
+            let stats = gpu.stats()?;
+            ensure!(
+                stats.gpu_faults >= TURNS,
+                "GPU {number} had the range all the time: {stats:?}"
+            );
+        }
+        shared.region.unmap()?;
     }
     Ok(())
+}
+
+/// Each GPU asks for one huge page, which only one of them can have in its VRAM, and writes its own part of it. It
+/// writes without atomics, which would split a huge page in RAM. How often each has it as a whole is counted.
+fn take_huge_page(gpus: &[Gpu], had: &[AtomicU64]) -> Result<()> {
+    let region = Region::map(HUGE_PAGE_SIZE, Backing::Huge)?;
+    oracle::write(region, SEED);
+    let part_of = |number: usize| {
+        let length = HUGE_PAGE_SIZE / gpus.len();
+        region.part(number * length, length)
+    };
+    let has_it = |gpu: &Gpu| -> Result<bool> {
+        let states = gpu.query(region.pages())?;
+        let whole = |page: &PageState| page.cpu.huge && page.cpu.place == Place::Vram;
+        Ok(states.iter().all(whole))
+    };
+    let turns = take_turns(gpus, TURNS, |number, gpu| {
+        // What another one is moving just then stays.
+        migrate(gpu, region, Place::Vram)?;
+        Job::add(part_of(number), 1).waves(2).run(gpu)?;
+        had[number].fetch_add(u64::from(has_it(gpu)?), SeqCst);
+        Ok(())
+    })?;
+    for (number, turns) in turns.into_iter().enumerate() {
+        let part = part_of(number);
+        let first = number * part.words();
+        oracle::check_part(part, SEED, first, turns).with_context(|| format!("GPU {number}"))?;
+    }
+    Ok(region.unmap()?)
 }
 
 const DRIVER: &str = "/sys/bus/virtio/drivers/farfault";
@@ -194,6 +259,7 @@ pub(super) mod two {
 
     group! { "races::two_gpus", on TwoGpus, seconds 240:
         range_that_both_want_goes_to_and_fro_and_both_get_on,
+        huge_page_that_both_want_goes_to_and_fro_whole,
         ping_pong_of_one_page_is_no_livelock,
         pages_of_the_others_pagemap_are_never_read_as_ones_own,
         one_unbound_while_the_other_runs_harms_nothing,
@@ -203,12 +269,27 @@ pub(super) mod two {
         wanted_by(&open(2)?, 64 * PAGE_SIZE)
     }
 
+    /// Where they meet, mm may split it. So there is another one, until each has had one.
+    fn huge_page_that_both_want_goes_to_and_fro_whole() -> Result<()> {
+        const MOST_PAGES: usize = 10;
+        let gpus = open(2)?;
+        let had = [AtomicU64::new(0), AtomicU64::new(0)];
+        for _ in 0..MOST_PAGES {
+            take_huge_page(&gpus, &had)?;
+            println!("had it whole in VRAM: {had:?}");
+            if had.iter().all(|had| had.load(SeqCst) > 0) {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("a huge page never came as a whole: {had:?}")
+    }
+
     /// The smallest range, for which nothing but taking it from each other is possible.
     fn ping_pong_of_one_page_is_no_livelock() -> Result<()> {
         const ENOUGH: u64 = 20;
         let gpus = open(2)?;
         let shared = Shared::new(PAGE_SIZE * 2, Backing::Small)?;
-        take_turns(&gpus, &shared, ENOUGH)?;
+        take_turns(&gpus, ENOUGH, |_, gpu| shared.turn(gpu))?;
         shared.ensure_final()
     }
 
