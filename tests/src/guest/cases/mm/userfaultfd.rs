@@ -95,6 +95,35 @@ fn run_with_pages(
     Ok((end.result, served))
 }
 
+/// The handler is told of a write to a protected page of this.
+fn ensure_told(userfault: &Userfault, part: Region) -> Result<()> {
+    let mut told = None;
+    eventually("the handler is told of a write", || {
+        told = userfault.next(LOOK)?;
+        Ok(told.is_some())
+    })?;
+    let fault = told.context("a fault")?;
+    let inside = part.address()..part.address() + part.length() as u64;
+    ensure!(
+        fault.write_protect && inside.contains(&fault.address),
+        "{fault:x?}"
+    );
+    Ok(())
+}
+
+/// A job that writes to protected memory waits for the handler, who does nothing, until it is killed.
+fn ensure_gpu_waits(gpu: &Gpu, userfault: &Userfault, part: Region) -> Result<()> {
+    let fence = Job::add(part, 7).waves(2).submit(gpu)?;
+    ensure_told(userfault, part)?;
+    let waits = call::wait(gpu, fence, LOOK);
+    ensure!(
+        waits.is_err_and(|error| error == Errno::TIMEDOUT),
+        "the job goes on: {waits:x?}"
+    );
+    call::kill(gpu, fence)?;
+    ensure_status(&call::wait(gpu, fence, JOB_TIME)?, JobStatus::Killed)
+}
+
 /// Memory that is missing, and what the handler has for it.
 fn missing(advice: Advice, gpu: &Gpu) -> Result<(Userfault, Region, Region)> {
     let userfault = Userfault::new()?;
@@ -291,11 +320,7 @@ fn write_protected_in_vram_by_range_lets_the_rest_be_written() -> Result<()> {
         let part = region.part(from, length);
         userfault.write_protect(part, true)?;
         Job::add(region.part(0, from), 1).waves(2).run(&gpu)?;
-        Job::add(part, 0).submit(&gpu).and_then(|fence| {
-            std::thread::sleep(LOOK);
-            call::kill(&gpu, fence)?;
-            call::wait(&gpu, fence, JOB_TIME)
-        })?;
+        ensure_gpu_waits(&gpu, &userfault, part).with_context(|| format!("{start:?}"))?;
         oracle::check_part(part, SEED, from / 8, 0).with_context(|| format!("{start:?}"))?;
         oracle::check(region.part(0, from), SEED, 1).with_context(|| format!("{start:?}"))?;
         userfault.write_protect(part, false)?;
