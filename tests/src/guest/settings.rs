@@ -46,8 +46,19 @@ pub fn seed() -> u64 {
 
 /// How long a case that could go on for ever does so: `--minutes`, or this, which should be a second or two.
 pub fn duration(short: Duration) -> Duration {
+    share(short, 1)
+}
+
+/// As [`duration`], for each of the parts of a case that come after each other: they share the minutes.
+pub fn share(short: Duration, parts: u32) -> Duration {
     let minutes = SETTINGS.get().and_then(|settings| settings.minutes);
-    minutes.map_or(short, |minutes| Duration::from_secs(minutes * 60))
+    share_of(minutes, short, parts)
+}
+
+fn share_of(minutes: Option<u64>, short: Duration, parts: u32) -> Duration {
+    minutes.map_or(short, |minutes| {
+        Duration::from_secs(minutes * 60) / parts.max(1)
+    })
 }
 
 /// The seed, if the case has asked for it.
@@ -67,6 +78,14 @@ mod tests {
     fn take_of_settings_and_a_name_leaves_the_name_and_its_arguments() {
         let line = words("--seed 7 --minutes 3 case --seed 9");
         assert_eq!(take(&line).unwrap(), words("case --seed 9"));
+    }
+
+    #[test]
+    fn share_of_parts_that_follow_each_other_is_all_of_the_minutes() {
+        let short = Duration::from_millis(500);
+        assert_eq!(share_of(None, short, 4), short);
+        assert_eq!(share_of(Some(10), short, 4) * 4, Duration::from_secs(600));
+        assert_eq!(share_of(Some(10), short, 1), Duration::from_secs(600));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use super::{
     cgroup::Cgroup,
     start::{At, SEED, Start, ensure_sum, eventually, exercise},
-    storage::{Swap, SwapOn, swapped, vmstat},
+    storage::{EACH_SWAP, Swap, SwapOn, swapped, vmstat},
     swap::{MIRRORED, each_swap},
 };
 use crate::guest::{
@@ -32,9 +32,9 @@ group! { "mm::reclaim", on Disk, seconds 180:
     jobs_at_the_groups_limit_with_a_process_that_wants_more_get_on,
 }
 
-/// A case goes on for so long.
-fn time() -> Instant {
-    Instant::now() + settings::duration(Duration::from_millis(500))
+/// Each of so many parts of a case goes on for so long.
+fn time(parts: usize) -> Instant {
+    Instant::now() + settings::share(Duration::from_millis(500), parts as u32)
 }
 
 /// A child in a group.
@@ -54,7 +54,8 @@ fn ensure_well(child: Child) -> Result<()> {
 
 fn pages_swapped_out_under_running_jobs_lose_nothing() -> Result<()> {
     each_swap(&MIRRORED, |gpu, region, _| {
-        let (end, before) = (time(), vmstat("pswpout")?);
+        let parts = EACH_SWAP.len() * MIRRORED.len();
+        let (end, before) = (time(parts), vmstat("pswpout")?);
         let mut added = 0;
         while added < 2 || Instant::now() < end {
             super::start::while_adding(gpu, region, || Ok(region.advise(stage::Advice::PageOut)?))?;
@@ -159,7 +160,7 @@ fn jobs_at_the_groups_limit_with_a_process_that_wants_more_get_on() -> Result<()
             .collect();
         begun.open()?;
         let regions = regions?;
-        let (end, mut added) = (time(), 0);
+        let (end, mut added) = (time(1), 0);
         while added < 3 || Instant::now() < end {
             for &region in &regions {
                 Job::add(region, 1).waves(4).run(&gpu)?;

@@ -29,6 +29,8 @@ const SHORT: Duration = Duration::from_secs(2);
 const LIMIT: Duration = Duration::from_secs(100);
 /// So often each must have got what it wants.
 const TURNS: u64 = 3;
+/// Huge pages that are tried until each GPU has had one as a whole.
+const MOST_PAGES: u32 = 10;
 
 fn open(count: usize) -> Result<Vec<Gpu>> {
     (0..count)
@@ -113,10 +115,10 @@ impl Shared {
 fn take_turns(
     gpus: &[Gpu],
     enough: u64,
+    duration: Duration,
     turn: impl Fn(usize, &Gpu) -> Result<()> + Sync,
 ) -> Result<Vec<u64>> {
     let begin = Instant::now();
-    let duration = settings::duration(SHORT);
     let turns: Vec<_> = gpus.iter().map(|_| AtomicU64::new(0)).collect();
     let failed = AtomicBool::new(false);
     let go_on = || -> Result<bool> {
@@ -171,14 +173,16 @@ fn wanted_by(gpus: &[Gpu], length: usize) -> Result<()> {
     use Advice::{MapOnly, PreferGpu};
     let small = (Backing::Small, length);
     let huge = (Backing::Huge, HUGE_PAGE_SIZE);
-    for ((backing, length), advice, start) in [
+    let ways = [
         (small, PreferGpu, Begin::Ram),
         (small, MapOnly, Begin::Ram),
         (huge, PreferGpu, Begin::Ram),
         (huge, MapOnly, Begin::Ram),
         (small, PreferGpu, Begin::Halves),
         (huge, PreferGpu, Begin::Halves),
-    ] {
+    ];
+    let duration = settings::share(SHORT, ways.len() as u32);
+    for ((backing, length), advice, start) in ways {
         let what = || format!("{backing:?} {advice:?} {start:?}");
         let shared = Shared::new(length, backing)?;
         let half = length / 2;
@@ -193,7 +197,7 @@ fn wanted_by(gpus: &[Gpu], length: usize) -> Result<()> {
         for gpu in gpus {
             gpu.advise(shared.region.pages(), advice)?;
         }
-        take_turns(gpus, TURNS, |_, gpu| shared.turn(gpu)).with_context(what)?;
+        take_turns(gpus, TURNS, duration, |_, gpu| shared.turn(gpu)).with_context(what)?;
         shared.ensure_final().with_context(what)?;
         for (number, gpu) in gpus.iter().enumerate() {
             let stats = gpu.stats()?;
@@ -221,7 +225,8 @@ fn take_huge_page(gpus: &[Gpu], had: &[AtomicU64]) -> Result<()> {
         let whole = |page: &PageState| page.cpu.huge && page.cpu.place == Place::Vram;
         Ok(states.iter().all(whole))
     };
-    let turns = take_turns(gpus, TURNS, |number, gpu| {
+    let duration = settings::share(SHORT, MOST_PAGES);
+    let turns = take_turns(gpus, TURNS, duration, |number, gpu| {
         // What another one is moving just then stays.
         migrate(gpu, region, Place::Vram)?;
         Job::add(part_of(number), 1).waves(2).run(gpu)?;
@@ -271,7 +276,6 @@ pub(super) mod two {
 
     /// Where they meet, mm may split it. So there is another one, until each has had one.
     fn huge_page_that_both_want_goes_to_and_fro_whole() -> Result<()> {
-        const MOST_PAGES: usize = 10;
         let gpus = open(2)?;
         let had = [AtomicU64::new(0), AtomicU64::new(0)];
         for _ in 0..MOST_PAGES {
@@ -289,7 +293,9 @@ pub(super) mod two {
         const ENOUGH: u64 = 20;
         let gpus = open(2)?;
         let shared = Shared::new(PAGE_SIZE * 2, Backing::Small)?;
-        take_turns(&gpus, ENOUGH, |_, gpu| shared.turn(gpu))?;
+        take_turns(&gpus, ENOUGH, settings::duration(SHORT), |_, gpu| {
+            shared.turn(gpu)
+        })?;
         shared.ensure_final()
     }
 
