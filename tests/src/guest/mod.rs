@@ -25,6 +25,7 @@ mod call;
 mod cases;
 mod child;
 pub mod holding;
+mod load;
 mod machine;
 mod mirror;
 mod oracle;

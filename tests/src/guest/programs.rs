@@ -9,6 +9,7 @@ use super::{
     Program, VRAM,
     call::{self, Job},
     child::{self, Gate, ensure_sigbus},
+    load,
     mirror::{Action, Mirror},
     oracle,
     place::{migrate, move_all, state},
@@ -42,7 +43,8 @@ pub(super) const EXIT_WITH_PAGES: &str = "exit-with-pages";
 pub(super) const EXIT_WITH_JOB: &str = "exit-with-job";
 /// Moves pages to VRAM and executes another program.
 pub(super) const EXEC_WITH_PAGES: &str = "exec-with-pages";
-/// GPU and CPU take pages from each other.
+/// GPU and CPU take pages from each other. As the three below, it says [`READY`] after its first round, and
+/// ends with the error that the GPU gave it, after [`DATA_RIGHT`].
 pub const FAULT_FOR_EVER: &str = "fault-for-ever";
 /// Moves pages to VRAM and back.
 pub const MIGRATE_FOR_EVER: &str = "migrate-for-ever";
@@ -78,6 +80,8 @@ pub const LOSE_MIRROR: &str = "lose-mirror";
 pub const READY: &str = "ready";
 /// A program says so when what the host did had the effect that it should have.
 pub const DONE: &str = "done";
+/// A program that works for ever says so when the GPU failed it, and its memory holds what it should.
+pub const DATA_RIGHT: &str = "data right";
 
 pub(super) const PROGRAMS: &[Program] = &[
     Program {
@@ -98,19 +102,19 @@ pub(super) const PROGRAMS: &[Program] = &[
     },
     Program {
         name: FAULT_FOR_EVER,
-        run: fault_for_ever,
+        run: load::fault_for_ever,
     },
     Program {
         name: MIGRATE_FOR_EVER,
-        run: migrate_for_ever,
+        run: load::migrate_for_ever,
     },
     Program {
         name: EVICT_FOR_EVER,
-        run: evict_for_ever,
+        run: load::evict_for_ever,
     },
     Program {
         name: KILL_FOR_EVER,
-        run: kill_for_ever,
+        run: load::kill_for_ever,
     },
     Program {
         name: USE_STDIN,
@@ -234,56 +238,6 @@ fn exec_with_pages(_: &[String]) -> Result<()> {
     let (gpu, region) = with_pages()?;
     Job::endless(region).submit(&gpu)?;
     Err(Command::new("/proc/self/exe").arg("--list").exec().into())
-}
-
-fn fault_for_ever(_: &[String]) -> Result<()> {
-    let gpu = Gpu::open_first()?;
-    let region = written(256 * PAGE_SIZE, Backing::Small)?;
-    for added in 1.. {
-        Job::add(region, 1).waves(8).run(&gpu)?;
-        oracle::check(region, SEED, added)?;
-    }
-    Ok(())
-}
-
-fn migrate_for_ever(_: &[String]) -> Result<()> {
-    let gpu = Gpu::open_first()?;
-    let huge = written(2 * HUGE_PAGE_SIZE, Backing::Huge)?;
-    let small = written(2 * HUGE_PAGE_SIZE, Backing::Small)?;
-    loop {
-        for place in [Place::Vram, Place::Ram] {
-            migrate(&gpu, huge, place)?;
-            migrate(&gpu, small, place)?;
-        }
-    }
-}
-
-fn evict_for_ever(_: &[String]) -> Result<()> {
-    let gpu = Gpu::open_first()?;
-    let half = VRAM as usize;
-    let regions = [
-        Region::map(half, Backing::Huge)?,
-        Region::map(half, Backing::Small)?,
-    ];
-    loop {
-        for region in regions {
-            Job::add(region, 1).waves(8).run(&gpu)?;
-        }
-    }
-}
-
-fn kill_for_ever(_: &[String]) -> Result<()> {
-    let gpu = Gpu::open_first()?;
-    let region = Region::map(PAGE_SIZE, Backing::Small)?;
-    loop {
-        let fences: Vec<_> = (0..8)
-            .map(|_| Job::endless(region).submit(&gpu))
-            .collect::<Result<_, _>>()?;
-        for fence in fences {
-            call::kill(&gpu, fence)?;
-            call::wait(&gpu, fence, call::JOB_TIME)?;
-        }
-    }
 }
 
 fn use_stdin(_: &[String]) -> Result<()> {

@@ -4,7 +4,7 @@
 
 use super::{
     HostCase,
-    inside::{command, go_on, guest, shell, start},
+    inside::{ensure_lost_gpu_and_right_data, go_on, guest, shell, start},
     machines::{After, Machines},
 };
 use anyhow::{Result, ensure};
@@ -15,7 +15,7 @@ use farfault_tests::guest::{
         MIGRATE_FOR_EVER, READY,
     },
 };
-use std::{thread, time::Duration};
+use std::time::Duration;
 use xtask::vm::Vm;
 
 const COMMAND: Duration = Duration::from_secs(60);
@@ -103,15 +103,10 @@ fn hot_unplug_with_open_mirrors_revokes_them_and_brings_pages_home(
 
 /// The GPU is pulled while a program uses it all the time.
 fn under_load(vm: &mut Vm, machines: &Machines, program: &str) -> Result<()> {
-    let process = vm.spawn(&command(machines, &[program]))?;
-    // Long enough for it to be at work.
-    thread::sleep(machines.limit(Duration::from_millis(300)));
+    let process = start(vm, machines, program, READY)?;
     vm.unplug_gpu(0)?;
     let output = process.wait(machines.limit(COMMAND))?;
-    // It says that the GPU has gone; a signal would mean that data had.
-    ensure!(output.code == Some(1), "{}: {output:?}", output.command);
-    let said = output.stderr_text();
-    ensure!(!said.contains("should be"), "wrong data: {said}");
+    ensure_lost_gpu_and_right_data(&output)?;
     plug(vm, machines, 1)?;
     works(vm, machines)
 }
@@ -151,8 +146,7 @@ fn reboot_with_pages_resident_leaves_a_device_that_works(
     machines: &Machines,
 ) -> Result<()> {
     let _process = start(vm, machines, HOLD_OPEN, READY)?;
-    let _load = vm.spawn(&command(machines, &[MIGRATE_FOR_EVER]))?;
-    thread::sleep(machines.limit(Duration::from_millis(300)));
+    let _load = start(vm, machines, MIGRATE_FOR_EVER, READY)?;
     vm.reboot()?;
     works(vm, machines)
 }

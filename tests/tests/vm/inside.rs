@@ -4,7 +4,7 @@
 
 use super::machines::Machines;
 use anyhow::{Context, Result, ensure};
-use farfault_tests::guest::{PROGRAM, SKIPPED};
+use farfault_tests::guest::{PROGRAM, SKIPPED, programs::DATA_RIGHT};
 use serde::{Deserialize, de::DeserializeOwned};
 use std::{
     thread,
@@ -169,6 +169,26 @@ pub(crate) fn start(
 pub(crate) fn go_on(process: GuestProcess, machines: &Machines, limit: Duration) -> Result<Output> {
     process.write_stdin(b"go\n")?;
     Ok(process.wait(machines.limit(limit))?.expect_success()?)
+}
+
+/// A program that works for ever lost its GPU: it ended by itself with an error that says so, and its data is
+/// right. A signal would mean that data had gone.
+pub(crate) fn ensure_lost_gpu_and_right_data(output: &Output) -> Result<()> {
+    let said = output.stderr_text();
+    ensure!(output.code == Some(1), "{}: {output:?}", output.command);
+    // ENODEV of a call, or the end of a job that ran.
+    let lost = ["os error 19", "DeviceLost", "Killed"];
+    ensure!(
+        lost.iter().any(|error| said.contains(error)),
+        "{} ended with another error: {said}",
+        output.command
+    );
+    ensure!(
+        output.stdout_text().lines().any(|line| line == DATA_RIGHT),
+        "{}: wrong data: {said}",
+        output.command
+    );
+    Ok(())
 }
 
 /// Runs a line of shell in the guest.

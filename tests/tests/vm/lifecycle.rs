@@ -4,7 +4,7 @@
 
 use super::{
     HostCase,
-    inside::{go_on, guest, shell, start},
+    inside::{command, ensure_lost_gpu_and_right_data, go_on, guest, shell, start},
     machines::{After, Machines},
 };
 use anyhow::{Result, ensure};
@@ -15,7 +15,7 @@ use farfault_tests::guest::{
         MIGRATE_FOR_EVER, READY,
     },
 };
-use std::{thread, time::Duration};
+use std::time::Duration;
 use xtask::vm::Vm;
 
 const COMMAND: Duration = Duration::from_secs(60);
@@ -145,18 +145,16 @@ fn unbind_under_load_ends_in_time(vm: &mut Vm, machines: &Machines) -> Result<()
             KILL_FOR_EVER,
         ];
         let processes = load
-            .map(|program| vm.spawn(&[farfault_tests::guest::PROGRAM, program]))
+            .map(|program| vm.spawn(&command(machines, &[program])))
             .into_iter()
             .collect::<xtask::Result<Vec<_>>>()?;
-        // Long enough for all of them to be at work.
-        thread::sleep(machines.limit(Duration::from_millis(500)));
+        for process in &processes {
+            process.wait_for(READY, machines.limit(COMMAND))?;
+        }
         let gpu = unbind(vm, machines)?;
         for process in processes {
             let output = process.wait(machines.limit(COMMAND))?;
-            // They say that the GPU has gone; a signal would mean that data had.
-            ensure!(output.code == Some(1), "{}: {output:?}", output.command);
-            let said = output.stderr_text();
-            ensure!(!said.contains("should be"), "wrong data: {said}");
+            ensure_lost_gpu_and_right_data(&output)?;
         }
         bind(vm, machines, &gpu)?;
     }

@@ -17,6 +17,7 @@ use farfault::{
     uapi::{self, JobStatus},
 };
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     fs::{Mode, OFlags},
     io::Errno,
     process::{Signal, kill_process},
@@ -54,8 +55,20 @@ fn start(program: &str) -> Result<std::process::Child> {
     command
         .arg(program)
         .stdin(Stdio::null())
-        .stdout(Stdio::null());
+        .stdout(Stdio::piped());
     Ok(command.spawn()?)
+}
+
+/// Waits until a program says its first word, which is that it has done its first round.
+fn wait_until_at_work(child: &std::process::Child) -> Result<()> {
+    let stdout = child.stdout.as_ref().context("it has no standard output")?;
+    let mut descriptors = [PollFd::new(stdout, PollFlags::IN)];
+    poll(&mut descriptors, Some(&Timespec::try_from(END)?))?;
+    ensure!(
+        descriptors[0].revents().contains(PollFlags::IN),
+        "it is not at work after {END:?}"
+    );
+    Ok(())
 }
 
 /// Waits for the end of a process, but not for ever.
@@ -153,7 +166,10 @@ fn close_with_pages_in_vram_leaves_the_data() -> Result<()> {
 fn kill_during(program: &str) -> Result<()> {
     for round in 0..8 {
         let mut child = start(program)?;
-        // From before it has opened the GPU to long after.
+        // From before it has opened the GPU to long after, and at work for certain in every other round.
+        if round % 2 == 1 {
+            wait_until_at_work(&child)?;
+        }
         let wait = 5 + oracle::word(SEED, round) % (40 * (round as u64 + 1));
         std::thread::sleep(Duration::from_millis(wait));
         ensure!(child.try_wait()?.is_none(), "{program} has ended by itself");
