@@ -122,6 +122,16 @@ pub(crate) fn wait(gpu: impl AsFd, fence: u64, timeout: Duration) -> Result<uapi
     call(gpu, wait)
 }
 
+/// Likewise, for as long as it takes.
+pub(crate) fn wait_for_ever(gpu: impl AsFd, fence: u64) -> Result<uapi::Wait, Errno> {
+    let wait = uapi::Wait {
+        fence,
+        timeout_ns: -1,
+        ..uapi::Wait::default()
+    };
+    call(gpu, wait)
+}
+
 /// Ends a job.
 pub(crate) fn kill(gpu: impl AsFd, fence: u64) -> Result<(), Errno> {
     call(gpu, uapi::Kill { fence }).map(drop)

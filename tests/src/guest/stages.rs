@@ -17,8 +17,9 @@ use farfault::arena::{Backing, Protection, Region};
 use farfault::{
     Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place,
     process::{Ended, fork},
-    uapi::JobStatus,
+    uapi::{self, JobStatus},
 };
+use rustix::io::Errno;
 use std::time::Duration;
 
 /// `at-stage STAGE NUMBER`, with the number of a GPU.
@@ -182,19 +183,35 @@ fn act(stage: Stage, gpu: &Gpu, node: &str, memory: &Memory) -> Result<u64> {
     match stage {
         Stage::Idle => {}
         Stage::Faults => return fault(gpu, memory.fresh),
-        Stage::MigrationUp => drop(gpu.migrate(memory.fresh.pages(), Place::Vram)),
-        Stage::MigrationHome => drop(gpu.migrate(memory.resident[0].pages(), Place::Ram)),
+        Stage::MigrationUp => migrate(gpu, memory.fresh, Place::Vram)?,
+        Stage::MigrationHome => migrate(gpu, memory.resident[0], Place::Ram)?,
         Stage::CpuFault => {
             std::hint::black_box(memory.resident[0].load(0));
         }
         Stage::Invalidation => memory.kept.protect(Protection::Read)?,
         Stage::Eviction => {
             let large = Region::map(VRAM as usize, Backing::Small)?;
-            drop(gpu.migrate(large.pages(), Place::Vram));
+            migrate(gpu, large, Place::Vram)?;
         }
         Stage::OpenClose => drop(Gpu::open(node)),
     }
     Ok(0)
+}
+
+/// Moves pages, or is told that the device is lost.
+fn migrate(gpu: &Gpu, region: Region, to: Place) -> Result<()> {
+    let migrate = uapi::Migrate {
+        address: region.address(),
+        length: region.length() as u64,
+        destination: to.raw(),
+        ..uapi::Migrate::default()
+    };
+    let moved = call::call(gpu, migrate).map(drop);
+    ensure!(
+        matches!(moved, Ok(()) | Err(Errno::IO)),
+        "MIGRATE to {to:?}: {moved:?}"
+    );
+    Ok(())
 }
 
 /// Jobs fault on pages that come home each time, until something fails.

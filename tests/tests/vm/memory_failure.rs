@@ -111,6 +111,9 @@ fn poisoned_page_kills_only_its_users_and_is_not_used_again(
     let sleep = "echo devices > /sys/power/pm_test; ! echo mem > /sys/power/state; \
                  echo none > /sys/power/pm_test";
     shell(vm, machines, sleep, COMMAND)?.expect_success()?;
+    // Nor can they make room, and others have to.
+    let case = "eviction::small_pages_of_twice_the_vram_make_the_round_trip";
+    guest(vm, machines, &[case], LONG)?;
     for process in [process, bystander] {
         let output = go_on(process, machines, LONG)?;
         ensure!(output.stdout_text().contains(DONE));
@@ -121,7 +124,6 @@ fn poisoned_page_kills_only_its_users_and_is_not_used_again(
     poison(vm, &nobodys)?;
     pages.extend(nobodys);
     wait_for_retired(vm, machines, pages.len())?;
-    let case = "eviction::small_pages_of_twice_the_vram_make_the_round_trip";
     ensure_rest_is_sound(vm, machines, case, pages.len())?;
     bind_again(vm, machines)
 }
