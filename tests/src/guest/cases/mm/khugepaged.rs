@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Small pages that become a huge one under the GPU: by `MADV_COLLAPSE`, and by khugepaged, which leaves
-//! pages in VRAM alone.
+//! pages in VRAM alone where there are many.
 
 use super::start::{
     At, SEED, STARTS, Start, ensure_agreement, eventually, exercise, exercise_all, while_adding,
@@ -8,11 +8,11 @@ use super::start::{
 use crate::guest::{
     call::Job,
     oracle,
-    place::{ensure_place, state},
+    place::{ensure_place, move_all, state},
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
-use farfault::{Gpu, HUGE_PAGE_SIZE, Place, stage::Advice};
+use farfault::{Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, stage::Advice};
 use std::fs;
 
 group! { "mm::khugepaged", gpus 1, seconds 120:
@@ -21,6 +21,8 @@ group! { "mm::khugepaged", gpus 1, seconds 120:
     collapse_during_jobs_that_write_loses_nothing,
     khugepaged_collapses_mirrored_pages_under_the_gpu,
     khugepaged_leaves_pages_in_vram_alone,
+    khugepaged_brings_few_pages_in_vram_home_and_collapses_them,
+    khugepaged_brings_few_pages_in_vram_home_under_jobs_that_write,
 }
 
 const KHUGEPAGED: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged";
@@ -70,13 +72,17 @@ fn collapse_during_jobs_that_write_loses_nothing() -> Result<()> {
         let gpu = Gpu::open_first()?;
         let region = small(at)?.region(&gpu, HUGE_PAGE_SIZE)?;
         region.advise(Advice::HugePage)?;
-        let mut collapsed = 0;
-        for _ in 0..6 {
+        let mut rounds = 0;
+        eventually("pages are collapsed under a job", || {
+            rounds += 1;
             // It may find pages in use for a moment.
             let collapse = || Ok(region.advise(Advice::Collapse));
-            collapsed += u32::from(while_adding(&gpu, region, collapse)?.is_ok());
-        }
-        exercise(&gpu, region, 0, 6).with_context(|| format!("{at:?}, {collapsed}"))?;
+            let collapsed = while_adding(&gpu, region, collapse)?.is_ok();
+            Ok(collapsed && rounds >= 6)
+        })
+        .with_context(|| format!("{at:?}"))?;
+        ensure!(state(&gpu, region, 0)?.cpu.huge, "{at:?}: it is not huge");
+        exercise(&gpu, region, 0, rounds).with_context(|| format!("{at:?}"))?;
         region.unmap()?;
     }
     Ok(())
@@ -147,4 +153,42 @@ fn khugepaged_leaves_pages_in_vram_alone() -> Result<()> {
         Ok(state(&gpu, region, 0)?.cpu.huge)
     })?;
     exercise_all(&gpu, region)
+}
+
+/// Fewer pages in VRAM than khugepaged would read back from swap (`max_ptes_swap`), which is what they are to
+/// it. `meanwhile` gives what it has added to each word.
+fn few_in_vram_are_collapsed(mut meanwhile: impl FnMut(&Gpu, Region) -> Result<u64>) -> Result<()> {
+    const EVERY: usize = 16;
+    let gpu = Gpu::open_first()?;
+    let region = small(At::Ram)?.region(&gpu, HUGE_PAGE_SIZE)?;
+    let pages = region.pages().count();
+    let page = |number: usize| region.part(number * PAGE_SIZE, PAGE_SIZE);
+    for number in (0..pages).step_by(EVERY) {
+        move_all(&gpu, page(number), Place::Vram)?;
+    }
+    let _hurry = Khugepaged::hurry()?;
+    region.advise(Advice::HugePage)?;
+    let mut added = 0u64;
+    eventually("khugepaged collapses the pages", || {
+        added += meanwhile(&gpu, region)?;
+        // It wants pages that are in use; those in VRAM are not touched.
+        for number in (0..pages).filter(|number| number % EVERY != 0) {
+            page(number).load(0);
+        }
+        Ok(state(&gpu, region, 0)?.cpu.huge)
+    })?;
+    ensure_place(&gpu, region, Place::Ram)?;
+    exercise(&gpu, region, 0, added)?;
+    Ok(region.unmap()?)
+}
+
+fn khugepaged_brings_few_pages_in_vram_home_and_collapses_them() -> Result<()> {
+    few_in_vram_are_collapsed(|_, _| Ok(0))
+}
+
+fn khugepaged_brings_few_pages_in_vram_home_under_jobs_that_write() -> Result<()> {
+    few_in_vram_are_collapsed(|gpu, region| {
+        Job::add(region, 1).waves(2).run(gpu)?;
+        Ok(1)
+    })
 }
