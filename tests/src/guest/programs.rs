@@ -56,8 +56,8 @@ pub const KILL_FOR_EVER: &str = "kill-for-ever";
 pub(super) const USE_STDIN: &str = "use-stdin";
 /// Prepares pages in all states, prints a [`Report`] and holds still until it gets a line.
 pub const HOLD_PAGES: &str = "hold-pages";
-/// Has pages in VRAM and no descriptor, and a child with pages of its own; both check their data when
-/// it gets a line.
+/// Had pages in VRAM, which came home when it closed its descriptor, and has a child with pages of its own; both
+/// check their data when it gets a line.
 pub const HOLD_CLOSED: &str = "hold-closed";
 /// Has a descriptor and pages in VRAM, and goes on working when it gets a line.
 pub const HOLD_OPEN: &str = "hold-open";

@@ -29,10 +29,10 @@ pub(crate) const CASES: &[HostCase] = &[
         run: rmmod_with_an_open_descriptor_fails_and_harms_nothing,
     },
     HostCase {
-        name: "lifecycle::rmmod_with_pages_resident_brings_them_home",
+        name: "lifecycle::rmmod_after_the_last_close_leaves_all_data",
         machine: Machine::Small,
         after: After::Keep,
-        run: rmmod_with_pages_resident_brings_them_home,
+        run: rmmod_after_the_last_close_leaves_all_data,
     },
     HostCase {
         name: "lifecycle::unbind_with_an_open_descriptor_revokes_it_and_brings_pages_home",
@@ -109,7 +109,7 @@ fn rmmod_with_an_open_descriptor_fails_and_harms_nothing(
     works(vm, machines)
 }
 
-fn rmmod_with_pages_resident_brings_them_home(vm: &mut Vm, machines: &Machines) -> Result<()> {
+fn rmmod_after_the_last_close_leaves_all_data(vm: &mut Vm, machines: &Machines) -> Result<()> {
     let process = start(vm, machines, HOLD_CLOSED, READY)?;
     succeeds(
         vm,
