@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Fork at any time: with a job running, with exits in every order, and the forks of another kind
-//! (`vfork`, and a child that becomes another program).
+//! (`vfork`, and a child that becomes another program). Exits while pages are still shared are in
+//! [`super::fork_shared`].
 
-use super::start::{
-    At, SEED, START_SMALL_VRAM, STARTS, Start, each_start, ensure_sum, exercise, exercise_all,
-    while_adding,
+use super::{
+    family::{ORDERS, family},
+    start::{
+        At, SEED, START_SMALL_VRAM, STARTS, Start, each_start, ensure_sum, exercise, exercise_all,
+        while_adding,
+    },
 };
 use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
     child::code,
     oracle,
 };
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
     Gpu, HUGE_PAGE_SIZE, PAGE_SIZE,
@@ -118,114 +122,22 @@ fn job_that_writes_all_pages_during_fork_leaves_the_child_one_moment() -> Result
     })
 }
 
-/// A process of a family that shares pages: it does what its pipe says, and tells how that went.
-struct Member {
-    orders: File,
-    added: u64,
-}
-
-const CHECK: u8 = 1;
-const END: u8 = 2;
-
-fn serve(orders: File, answers: &File, region: Region, own: u64) -> Result<()> {
-    let (mut orders, mut answers) = (orders, answers);
-    let gpu = Gpu::open_first()?;
-    let mut added = own;
-    Job::add(region, own).waves(2).run(&gpu)?;
-    answers.write_all(&[1])?;
-    loop {
-        let mut order = [0];
-        orders.read_exact(&mut order)?;
-        if order[0] == END {
-            return Ok(());
-        }
-        let good = exercise(&gpu, region, 0, added);
-        added += 2;
-        answers.write_all(&[u8::from(good.is_ok())])?;
-        good?;
-    }
-}
-
-/// Parent, child and grandchild on one memory, each with a GPU; they end in this order.
-fn family(start: Start, order: [usize; 3]) -> Result<()> {
-    // The case itself only looks on: it must outlive all.
-    let mut members = Vec::new();
-    let mut ends = Vec::new();
-    for number in 0..3 {
-        let (read, write) = pipe()?;
-        ends.push(Some(File::from(read)));
-        members.push(Member {
-            orders: File::from(write),
-            added: 10 * (number + 1),
-        });
-    }
-    let (answers, answer) = pipe()?;
-    let (mut answers, answer) = (File::from(answers), File::from(answer));
-    let mut take = |number: usize| {
-        ends.get_mut(number)
-            .and_then(Option::take)
-            .context("an end")
-    };
-    let (first, second, third) = (take(0)?, take(1)?, take(2)?);
-    let owns = [members[0].added, members[1].added, members[2].added];
-    let parent = fork(|| {
-        code((|| {
-            let gpu = Gpu::open_first()?;
-            let region = start.region(&gpu, 64 * PAGE_SIZE)?;
-            let child = fork(|| {
-                code((|| {
-                    let grandchild = fork(|| code(serve(third, &answer, region, owns[2])))?;
-                    serve(second, &answer, region, owns[1])?;
-                    // It may live on: whoever ends is not waited for.
-                    std::mem::forget(grandchild);
-                    Ok(())
-                })())
-            })?;
-            serve(first, &answer, region, owns[0])?;
-            std::mem::forget(child);
-            Ok(())
-        })())
-    })?;
-    let mut answer_of = |what: &str| -> Result<()> {
-        let mut good = [0];
-        answers.read_exact(&mut good)?;
-        ensure!(good[0] == 1, "{what}");
-        Ok(())
-    };
-    for _ in 0..3 {
-        answer_of("to begin")?;
-    }
-    let mut alive = vec![0, 1, 2];
-    for ends in order {
-        for &number in &alive {
-            members[number].orders.write_all(&[CHECK])?;
-            answer_of(&format!("member {number} of {alive:?} has other data"))?;
-        }
-        members[ends].orders.write_all(&[END])?;
-        alive.retain(|&number| number != ends);
-    }
-    match parent.wait()? {
-        Ended::Exited(0) => Ok(()),
-        ended => bail!("the parent ended with {ended:?}"),
-    }
-}
-
+/// The first turn of each makes the pages its own.
 fn exit_in_every_order_keeps_everybodys_data() -> Result<()> {
-    let orders = [
-        [0, 1, 2],
-        [0, 2, 1],
-        [1, 0, 2],
-        [1, 2, 0],
-        [2, 0, 1],
-        [2, 1, 0],
-    ];
-    for order in orders {
+    for order in ORDERS {
         for at in [At::Vram, At::Ram] {
             let start = Start {
                 at,
                 ..START_SMALL_VRAM
             };
-            family(start, order).with_context(|| format!("{start:?}, {order:?}"))?;
+            family(start, 64 * PAGE_SIZE, order, |gpu, region, turn| {
+                let own = 10 * (turn.member as u64 + 1);
+                match turn.before {
+                    0 => Job::add(region, own).waves(2).run(gpu).map(drop),
+                    before => exercise(gpu, region, 0, own + 2 * (before - 1)),
+                }
+            })
+            .with_context(|| format!("{start:?}, {order:?}"))?;
         }
     }
     Ok(())

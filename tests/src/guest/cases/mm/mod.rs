@@ -7,9 +7,11 @@ mod cgroup;
 mod cma;
 mod compaction;
 mod direct;
+mod family;
 mod files;
 mod fork;
 mod fork_order;
+mod fork_shared;
 mod frames;
 mod khugepaged;
 mod ksm;
@@ -38,6 +40,7 @@ use crate::guest::Case;
 pub(super) const GROUPS: &[&[Case]] = &[
     fork::CASES,
     fork_order::CASES,
+    fork_shared::CASES,
     mprotect::CASES,
     mremap::CASES,
     munmap::CASES,

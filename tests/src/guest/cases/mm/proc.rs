@@ -34,7 +34,7 @@ fn bits(region: Region) -> Result<Vec<u64>> {
 }
 
 /// Counts of the mapping that a region is, in KiB.
-fn smaps(region: Region, name: &str) -> Result<u64> {
+pub(super) fn smaps(region: Region, name: &str) -> Result<u64> {
     let text = fs::read_to_string("/proc/self/smaps")?;
     let head = format!("{:08x}-", region.address());
     let lines = text.lines().skip_while(|line| !line.starts_with(&head));

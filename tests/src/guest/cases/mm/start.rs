@@ -47,6 +47,19 @@ pub(in crate::guest) const STARTS: [Start; 6] = [
 ];
 
 impl Start {
+    /// Which parts of a region are where.
+    pub(super) fn parts(self, region: Region) -> Vec<(Region, Place)> {
+        let half = (region.length() / 2).next_multiple_of(farfault::PAGE_SIZE);
+        match self.at {
+            At::Vram => vec![(region, Place::Vram)],
+            At::Ram => vec![(region, Place::Ram)],
+            At::Half => vec![
+                (region.part(0, half), Place::Vram),
+                (region.part(half, region.length() - half), Place::Ram),
+            ],
+        }
+    }
+
     /// A region of [`SEED`]'s words. The GPU has written to it last, and leaves pages where they are.
     pub(in crate::guest) fn region(self, gpu: &Gpu, length: usize) -> Result<Region> {
         let region = Region::map(length, self.backing)?;
@@ -58,17 +71,8 @@ impl Start {
     /// Puts pages there, and lets the GPU write to them, which changes nothing.
     pub(in crate::guest) fn place(self, gpu: &Gpu, region: Region) -> Result<()> {
         gpu.advise(region.pages(), Advice::MapOnly)?;
-        let half = (region.length() / 2).next_multiple_of(farfault::PAGE_SIZE);
-        let (first, second) = match self.at {
-            At::Vram => (Place::Vram, Place::Vram),
-            At::Ram => (Place::Ram, Place::Ram),
-            At::Half => (Place::Vram, Place::Ram),
-        };
-        if first == second {
-            move_all(gpu, region, first)?;
-        } else {
-            move_all(gpu, region.part(0, half), first)?;
-            move_all(gpu, region.part(half, region.length() - half), second)?;
+        for (part, place) in self.parts(region) {
+            move_all(gpu, part, place)?;
         }
         Job::add(region, 0).waves(2).run(gpu)?;
         let states = gpu.query(region.pages())?;
