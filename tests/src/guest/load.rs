@@ -100,9 +100,10 @@ pub(super) fn evict_for_ever(_: &[String]) -> Result<()> {
                     oracle::check(other, SEED, added + number as u64)
                 });
             }
-        }
-        if added == 0 {
-            say(READY);
+            // Its VRAM is full now.
+            if (added, number) == (0, 0) {
+                say(READY);
+            }
         }
     }
     Ok(())
