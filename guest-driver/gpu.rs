@@ -262,7 +262,7 @@ impl Gpu {
 
     /// Before the machine sleeps, while processes are frozen: jobs end, every page comes home, and the
     /// device has no address space left. `ENOMEM`: not all pages have room in RAM; then the address
-    /// spaces are there again.
+    /// spaces are there again. `EIO`: the device was lost over it.
     pub(crate) fn suspend(&self) -> Result {
         if self.reachable().is_err() {
             return Ok(());
@@ -275,6 +275,10 @@ impl Gpu {
         let left = self.pagemap().map_or(0, |map| map.in_use());
         if left == 0 {
             return Ok(());
+        }
+        if self.reachable().is_err() {
+            // The log says so already. Without the device there is nothing to be saved the next time.
+            return Err(EIO);
         }
         dev_err!(
             self.device,
