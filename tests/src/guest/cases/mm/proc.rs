@@ -164,7 +164,7 @@ fn page(region: Region, number: usize) -> Region {
     region.part(number * PAGE_SIZE, PAGE_SIZE)
 }
 
-/// Whether this kernel has soft-dirty bits.
+/// Whether this kernel has soft-dirty bits; the debug kernel of the tests has none (`docs/kernel-findings.md`, 12).
 fn has_soft_dirty() -> Result<bool> {
     let region = Region::map(PAGE_SIZE, Backing::Small)?;
     region.store(0, 1);
