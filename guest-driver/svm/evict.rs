@@ -7,7 +7,7 @@
 //! it, the process is gone) goes home through the pages themselves. That second way is for leftovers
 //! only: mm's walk over the mappings of an anonymous page has no protection against an exiting process
 //! there. So to make room it is taken only under the mmap lock of the owner, and never while the owner
-//! exits.
+//! exits or where it has closed its address space.
 //!
 //! Nobody may hold an mmap lock here: the victim's is taken. To make room that lock is tried for a
 //! while only: a process that keeps it is spared.

@@ -33,8 +33,7 @@ const SLACK: u64 = 3 << 10;
 const SLACK_FREE: u64 = 24 << 10;
 /// A round that leaves one object behind is seen, and what CPUs have put by is not.
 const OBJECTS_PER_ROUND: f64 = 0.8;
-
-/// How often it is tried.
+/// What was lost has grown in each of so many series of rounds.
 const SERIES: usize = 3;
 /// Kinds of objects that a reference of a driver keeps, by the begins of their names. Others come and go with files,
 /// and with whoever looks at this.
