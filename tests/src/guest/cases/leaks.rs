@@ -29,10 +29,8 @@ const SEED: u64 = 0x1eaf;
 const SMALL: usize = 128 * PAGE_SIZE;
 /// Of the kernel's own memory that moves without a reason of ours, in KiB.
 const SLACK: u64 = 3 << 10;
-/// Of free memory, of which others have some: less than a page for each that a round moves.
-const SLACK_FREE: u64 = 24 << 10;
-/// A round that leaves one object behind is seen, and what CPUs have put by is not.
-const OBJECTS_PER_ROUND: f64 = 0.8;
+/// A round that leaves one page or one object behind is seen, and what comes and goes is not.
+const LEFT_PER_ROUND: f64 = 0.8;
 /// What was lost has grown in each of so many series of rounds.
 const SERIES: usize = 3;
 /// Kinds of objects that a reference of a driver keeps, by the begins of their names. Others come and go with files,
@@ -49,8 +47,9 @@ const KINDS: [&str; 6] = [
 /// What the kernel has in use.
 #[derive(Debug)]
 struct Books {
-    /// In KiB, each: free memory, memory of processes, the kernel's objects, its larger pieces.
+    /// In pages: free memory, with what each CPU has put by for itself, which `MemFree` leaves out.
     free: u64,
+    /// In KiB, each: memory of processes, the kernel's objects, its larger pieces.
     anonymous: u64,
     objects: u64,
     vmalloc: u64,
@@ -77,7 +76,7 @@ impl Books {
                     KINDS.iter().any(|begin| kind.starts_with(begin))
                 })
                 .collect(),
-            free: meminfo("MemFree")?,
+            free: free_pages()?,
             anonymous: anonymous()?,
             objects: meminfo("SUnreclaim")?,
             vmalloc: meminfo("VmallocUsed")?,
@@ -87,22 +86,36 @@ impl Books {
     /// What has grown from `before` on by more than `rounds` rounds that leave nothing can explain.
     fn grown_since(&self, before: &Self, rounds: u32) -> Vec<String> {
         let of_memory = [
-            ("free memory, less", self.free, before.free, SLACK_FREE),
-            ("of processes", before.anonymous, self.anonymous, SLACK),
-            ("objects", before.objects, self.objects, SLACK),
-            ("vmalloc", before.vmalloc, self.vmalloc, SLACK),
+            ("of processes", before.anonymous, self.anonymous),
+            ("objects", before.objects, self.objects),
+            ("vmalloc", before.vmalloc, self.vmalloc),
         ];
         let memory = of_memory
             .into_iter()
-            .filter(|(_, less, more, slack)| *more > *less + slack)
-            .map(|(what, less, more, _)| format!("{what}: {} KiB", more - less));
-        let most = (f64::from(rounds) * OBJECTS_PER_ROUND) as u64;
+            .filter(|(_, before, now)| *now > *before + SLACK)
+            .map(|(what, before, now)| format!("{what}: {} KiB", now - before));
+        let most = (f64::from(rounds) * LEFT_PER_ROUND) as u64;
+        let lost = before.free.saturating_sub(self.free);
+        let free = (lost > most).then(|| format!("free memory, less: {lost} pages"));
         let kinds = self.kinds.iter().filter_map(|(kind, count)| {
             let more = count.saturating_sub(before.kinds.get(kind).copied().unwrap_or(0));
             (more > most).then(|| format!("{kind}: {more} objects"))
         });
-        memory.chain(kinds).collect()
+        memory.chain(free).chain(kinds).collect()
     }
+}
+
+/// Pages that nobody has, be they in their zone's lists or in those of a CPU.
+fn free_pages() -> Result<u64> {
+    let text = fs::read_to_string("/proc/zoneinfo")?;
+    let counts = text.lines().filter_map(|line| {
+        let line = line.trim_start();
+        let count = line
+            .strip_prefix("pages free")
+            .or_else(|| line.strip_prefix("count:"))?;
+        Some(count.trim().parse::<u64>())
+    });
+    Ok(counts.sum::<Result<_, _>>()?)
 }
 
 /// Whether freed memory is kept from use for a while, so that the books say nothing.
