@@ -25,6 +25,7 @@ mod call;
 mod cases;
 mod child;
 pub mod holding;
+pub mod leaving;
 mod load;
 mod machine;
 mod mirror;
@@ -78,7 +79,10 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
 
 /// All programs.
 pub fn programs() -> impl Iterator<Item = &'static Program> {
-    programs::PROGRAMS.iter().chain(holding::PROGRAMS)
+    programs::PROGRAMS
+        .iter()
+        .chain(holding::PROGRAMS)
+        .chain(leaving::PROGRAMS)
 }
 
 /// `farfault-guest-tests [--seed N] [--minutes N] NAME [ARGUMENT…]` or `farfault-guest-tests --list`.

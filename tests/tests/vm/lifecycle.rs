@@ -10,6 +10,7 @@ use super::{
 use anyhow::{Result, ensure};
 use farfault_tests::guest::{
     Machine,
+    leaving::LEAVE_FOR_EVER,
     programs::{
         DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_CLOSED, HOLD_OPEN, KILL_FOR_EVER, LOSE_DRIVER,
         MIGRATE_FOR_EVER, READY,
@@ -35,6 +36,12 @@ pub(crate) const CASES: &[HostCase] = &[
         machine: Machine::Small,
         after: After::Keep,
         run: rmmod_after_the_last_close_leaves_all_data,
+    },
+    HostCase {
+        name: "lifecycle::rmmod_while_pages_come_home_in_every_way_leaves_all_data",
+        machine: Machine::Small,
+        after: After::Keep,
+        run: rmmod_while_pages_come_home_in_every_way_leaves_all_data,
     },
     HostCase {
         name: "lifecycle::unbind_with_an_open_descriptor_revokes_it_and_brings_pages_home",
@@ -123,6 +130,26 @@ fn rmmod_after_the_last_close_leaves_all_data(vm: &mut Vm, machines: &Machines) 
     ensure!(output.stdout_text().contains(DONE));
     let load = format!("insmod {MODULE}; test -c /dev/farfault0");
     succeeds(vm, machines, &load, COMMAND)?;
+    works(vm, machines)
+}
+
+/// The module goes at the first moment at which nobody has it open.
+fn rmmod_while_pages_come_home_in_every_way_leaves_all_data(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    let process = start(vm, machines, LEAVE_FOR_EVER, READY)?;
+    let line = format!(
+        "for round in $(seq 5); do \
+           while ! rmmod farfault 2>/dev/null; do :; done; \
+           ! test -e /dev/farfault0; \
+           insmod {MODULE}; test -c /dev/farfault0; \
+           sleep 0.2; \
+         done"
+    );
+    succeeds(vm, machines, &line, COMMAND)?;
+    let output = go_on(process, machines, COMMAND)?;
+    ensure!(output.stdout_text().contains(DONE));
     works(vm, machines)
 }
 

@@ -26,7 +26,7 @@ mod pins;
 mod proc;
 mod reclaim;
 pub(in crate::guest) mod start;
-mod storage;
+pub(super) mod storage;
 mod swap;
 mod userfault;
 mod userfaultfd;

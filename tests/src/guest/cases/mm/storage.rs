@@ -91,7 +91,7 @@ impl Drop for Ext4 {
 
 /// What swap lies on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum SwapOn {
+pub(in crate::guest::cases) enum SwapOn {
     /// A disk, which takes its time: what is read stays in the swap cache.
     Disk,
     /// Compressed memory, which is read at once, and past the swap cache.
@@ -101,10 +101,10 @@ pub(super) enum SwapOn {
 pub(super) const EACH_SWAP: [SwapOn; 2] = [SwapOn::Disk, SwapOn::Zram];
 
 /// Swap that is on until this is dropped.
-pub(super) struct Swap(SwapOn);
+pub(in crate::guest::cases) struct Swap(SwapOn);
 
 impl Swap {
-    pub(super) fn on(what: SwapOn) -> Result<Self> {
+    pub(in crate::guest::cases) fn on(what: SwapOn) -> Result<Self> {
         let swap = Self(what);
         if what == SwapOn::Zram {
             fs::write("/sys/block/zram0/disksize", "256M").context("the size of zram0")?;
@@ -135,6 +135,11 @@ impl Drop for Swap {
             let _ = fs::write("/sys/block/zram0/reset", "1");
         }
     }
+}
+
+/// How many pages were swapped out since the machine is up.
+pub(in crate::guest::cases) fn swapped_out() -> Result<u64> {
+    vmstat("pswpout")
 }
 
 /// How many pages of a region are swapped.

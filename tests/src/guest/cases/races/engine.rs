@@ -5,11 +5,16 @@
 
 use super::{
     field::{Field, Random},
+    held::{Pinner, Swapper},
     recycle::Recycler,
     torn::Torn,
     workers::{Cpu, Jobs, Mover, Worker},
 };
-use crate::guest::{child::code, settings};
+use crate::guest::{
+    cases::mm::storage::{Swap, SwapOn, swapped_out},
+    child::code,
+    settings,
+};
 use anyhow::{Context, Result, anyhow, ensure};
 use farfault::{
     Gpu,
@@ -21,17 +26,42 @@ use std::{
     time::{Duration, Instant},
 };
 
-group! { "races::engine", on Small, seconds 180:
+group! { "races::engine", on Disk, seconds 180:
     threads_and_jobs_on_the_same_pages_read_only_what_was_written,
+    threads_and_jobs_on_pages_that_are_swapped_and_pinned_read_only_what_was_written,
 }
 
 const SHORT: Duration = Duration::from_secs(5);
 const PROCESSES: u64 = 2;
 
+/// Who else works on the pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Others {
+    None,
+    /// [`Swapper`] and [`Pinner`].
+    SwapAndPins,
+}
+
 fn threads_and_jobs_on_the_same_pages_read_only_what_was_written() -> Result<()> {
+    run_all(Others::None)
+}
+
+fn threads_and_jobs_on_pages_that_are_swapped_and_pinned_read_only_what_was_written() -> Result<()>
+{
+    let _swap = Swap::on(SwapOn::Zram)?;
+    let before = swapped_out()?;
+    run_all(Others::SwapAndPins)?;
+    let swapped = swapped_out()? - before;
+    println!("pages swapped out: {swapped}");
+    ensure!(swapped != 0, "nothing was swapped");
+    Ok(())
+}
+
+/// All processes.
+fn run_all(others: Others) -> Result<()> {
     let (seed, duration) = (settings::seed(), settings::duration(SHORT));
     let children = (0..PROCESSES)
-        .map(|number| fork(move || code(run(seed.wrapping_add(number << 48), duration))));
+        .map(|number| fork(move || code(run(seed.wrapping_add(number << 48), duration, others))));
     for child in children.collect::<Result<Vec<_>, _>>()? {
         ensure!(child.wait()? == Ended::Exited(0));
     }
@@ -39,7 +69,7 @@ fn threads_and_jobs_on_the_same_pages_read_only_what_was_written() -> Result<()>
 }
 
 /// All threads of a process.
-fn run(seed: u64, duration: Duration) -> Result<()> {
+fn run(seed: u64, duration: Duration, others: Others) -> Result<()> {
     let gpus = [Gpu::open_first()?, Gpu::open_first()?];
     let [one, other] = &gpus;
     let field = &Field::new(seed)?;
@@ -58,7 +88,7 @@ fn run(seed: u64, duration: Duration) -> Result<()> {
         gpu: other,
         random: random(11),
     };
-    let workers: [Box<dyn Worker + '_>; 7] = [
+    let mut workers: Vec<Box<dyn Worker + '_>> = vec![
         Box::new(cpu(0)),
         Box::new(cpu(1)),
         Box::new(Jobs::new(field, one, random(2), 0)?),
@@ -67,6 +97,13 @@ fn run(seed: u64, duration: Duration) -> Result<()> {
         Box::new(mover),
         Box::new(recycler),
     ];
+    if others == Others::SwapAndPins {
+        workers.push(Box::new(Swapper {
+            field,
+            random: random(12),
+        }));
+        workers.push(Box::new(Pinner::new(field, random(13))?));
+    }
     let begin = Instant::now();
     let failed = AtomicBool::new(false);
     let work = |mut worker: Box<dyn Worker + '_>| -> Result<String> {
@@ -83,8 +120,11 @@ fn run(seed: u64, duration: Duration) -> Result<()> {
         Ok(format!("{} {steps}", worker.name()))
     };
     let ended: Vec<_> = thread::scope(|scope| {
-        let threads = workers.map(|worker| scope.spawn(|| work(worker)));
-        threads.map(|thread| thread.join()).into()
+        let threads = workers
+            .into_iter()
+            .map(|worker| scope.spawn(|| work(worker)));
+        let threads: Vec<_> = threads.collect();
+        threads.into_iter().map(|thread| thread.join()).collect()
     });
     let mut steps = Vec::new();
     for ended in ended {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Suite `races`: everything at the same time. A file for each of its parts; the first is made of the
-//! oracle (`written`), the memory (`field`), the threads (`workers`, `torn`, `recycle`) and the case
-//! (`engine`).
+//! oracle (`written`), the memory (`field`), the threads (`workers`, `torn`, `recycle`, `held`) and the
+//! cases (`engine`).
 
 mod beside;
 mod engine;
 mod field;
 mod gpus;
+mod held;
 mod hostile;
 mod kill;
 mod oversubscription;
