@@ -58,7 +58,7 @@ fn host_cases() -> impl Iterator<Item = &'static HostCase> {
     groups.into_iter().flatten()
 }
 
-fn trials(machines: &Arc<Machines>) -> Vec<Trial> {
+fn trials(machines: &Arc<Machines>, shows_output: bool) -> Vec<Trial> {
     let mut trials = Vec::new();
     let mut add = |machine, name: &'static str, after, run: Body| {
         if !machines.are_asked_for(name) {
@@ -80,6 +80,10 @@ fn trials(machines: &Arc<Machines>) -> Vec<Trial> {
             let output = inside::guest(vm, machines, &[case.name], limit)?;
             if let Some(reason) = inside::skipped(&output) {
                 machines.skip(case.name, &reason);
+            }
+            if shows_output {
+                // Figures, mostly. A case that fails shows its output in any case.
+                eprint!("{}", output.stdout_text());
             }
             Ok(())
         };
@@ -109,7 +113,7 @@ fn main() -> ExitCode {
     if !arguments.list {
         eprintln!("{}", machines.seed_told());
     }
-    let conclusion = libtest_mimic::run(&arguments, trials(&machines));
+    let conclusion = libtest_mimic::run(&arguments, trials(&machines, arguments.nocapture));
     match machines.finish(conclusion.num_passed) {
         Ok(()) => conclusion.exit_code(),
         Err(error) => {

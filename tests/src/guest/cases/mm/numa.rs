@@ -4,18 +4,20 @@
 
 use super::{
     frames::count_on_node,
-    start::{At, SEED, Start, ensure_sum, eventually, exercise, exercise_all, while_adding},
+    start::{
+        At, SEED, STARTS, Start, ensure_sum, eventually, exercise, exercise_all, while_adding,
+    },
     storage::vmstat,
     swap::MIRRORED,
 };
 use crate::guest::{
     call::Job,
     oracle,
-    place::{ensure_place, move_all},
+    place::{ensure_place, migrate, move_all},
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
-use farfault::{Gpu, HUGE_PAGE_SIZE, Place, numa::move_all_pages};
+use farfault::{Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, numa::move_all_pages};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::{
     fs,
@@ -31,6 +33,7 @@ group! { "mm::numa", on Numa, seconds 120:
     pages_come_home_to_the_node_of_their_policy,
     pages_come_home_to_the_node_of_the_cpu_that_touches_them,
     hinting_faults_on_mirrored_pages_are_served_for_cpu_and_gpu,
+    hinting_faults_beside_pages_in_vram_lose_nothing,
 }
 
 /// Runs on this CPU only, which on this machine is the one of the node of that number.
@@ -257,6 +260,14 @@ impl Drop for Balancing {
     }
 }
 
+/// Works, for so long.
+fn spin(time: Duration) {
+    let begin = Instant::now();
+    while begin.elapsed() < time {
+        std::hint::spin_loop();
+    }
+}
+
 fn hinting_faults_on_mirrored_pages_are_served_for_cpu_and_gpu() -> Result<()> {
     for by_gpu in [true, false] {
         let balancing = Balancing::often()?;
@@ -271,10 +282,7 @@ fn hinting_faults_on_mirrored_pages_are_served_for_cpu_and_gpu() -> Result<()> {
         eventually(
             "the kernel takes the GPU's pages to see who uses them",
             || {
-                let begin = Instant::now();
-                while begin.elapsed() < Duration::from_millis(20) {
-                    std::hint::spin_loop();
-                }
+                spin(Duration::from_millis(20));
                 let states = gpu.query(region.pages())?;
                 Ok(states.iter().any(|page| page.gpu.place == Place::None))
             },
@@ -299,4 +307,39 @@ fn hinting_faults_on_mirrored_pages_are_served_for_cpu_and_gpu() -> Result<()> {
         region.unmap()?;
     }
     Ok(())
+}
+
+/// Of each size, from every start, with the kernel looking all the time: it takes entries of the CPU, of small and of
+/// huge pages, which have no page in RAM or go to VRAM in the next moment.
+fn hinting_faults_beside_pages_in_vram_lose_nothing() -> Result<()> {
+    const ROUNDS: u64 = 6;
+    let balancing = Balancing::often()?;
+    on_cpu(0)?;
+    let looks = || vmstat("numa_pte_updates");
+    let before = looks()?;
+    for start in STARTS {
+        let gpu = Gpu::open_first()?;
+        let region = start.region(&gpu, 2 * HUGE_PAGE_SIZE)?;
+        for round in 0..ROUNDS {
+            while_adding(&gpu, region, || {
+                let place = if round % 2 == 0 {
+                    Place::Ram
+                } else {
+                    Place::Vram
+                };
+                migrate(&gpu, region.part(0, HUGE_PAGE_SIZE), place)?;
+                // A task that works is looked at.
+                spin(Duration::from_millis(20));
+                Ok(())
+            })?;
+            oracle::check_part(region.part(0, PAGE_SIZE), SEED, 0, round + 1)
+                .with_context(|| format!("{start:?}"))?;
+        }
+        oracle::check(region, SEED, ROUNDS).with_context(|| format!("{start:?}"))?;
+        exercise(&gpu, region, 0, ROUNDS).with_context(|| format!("{start:?}"))?;
+        region.unmap()?;
+    }
+    ensure!(looks()? > before, "the kernel never looked");
+    drop(balancing);
+    on_all_cpus()
 }

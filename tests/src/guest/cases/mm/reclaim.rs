@@ -28,8 +28,10 @@ group! { "mm::reclaim", on Disk, seconds 180:
     pages_swapped_out_under_running_jobs_lose_nothing,
     swapoff_under_running_jobs_loses_nothing,
     reclaim_of_the_group_swaps_mirrored_pages_and_leaves_vram,
+    reclaim_of_the_group_leaves_locked_pages_that_the_gpu_had,
     pages_shared_after_fork_reclaimed_keep_each_their_data,
     jobs_at_the_groups_limit_with_a_process_that_wants_more_get_on,
+    machine_without_memory_kills_who_wants_it_while_pages_come_home,
 }
 
 /// Each of so many parts of a case goes on for so long.
@@ -104,6 +106,48 @@ fn reclaim_of_the_group_swaps_mirrored_pages_and_leaves_vram() -> Result<()> {
                 Ok(swapped(in_vram)? == pages)
             })?;
             exercise(&gpu, in_vram, 0, 2)
+        })?)
+        .with_context(|| format!("{backing:?}"))?;
+    }
+    Ok(())
+}
+
+/// Locked when they were in RAM, or in VRAM, and moved since; the same memory without a lock goes.
+fn reclaim_of_the_group_leaves_locked_pages_that_the_gpu_had() -> Result<()> {
+    let _swap = Swap::on(SwapOn::Disk)?;
+    for backing in [Backing::Small, Backing::Huge] {
+        let cgroup = Cgroup::new("locked")?;
+        ensure_well(in_group(&cgroup, || {
+            let gpu = Gpu::open_first()?;
+            let regions = [At::Ram, At::Vram, At::Ram].map(|at| {
+                let region = Start { backing, at }.region(&gpu, HUGE_PAGE_SIZE)?;
+                Ok::<_, anyhow::Error>(region)
+            });
+            let [stayed, came, free] = regions;
+            let (stayed, came, free) = (stayed?, came?, free?);
+            came.lock()?;
+            stayed.lock()?;
+            move_all(&gpu, stayed, Place::Vram)?;
+            move_all(&gpu, stayed, Place::Ram)?;
+            Job::add(stayed, 0).run(&gpu)?;
+            eventually("what is not locked is swapped", || {
+                cgroup.reclaim(8 << 20)?;
+                Ok(swapped(free)? == free.pages().count())
+            })?;
+            for region in [stayed, came] {
+                ensure!(swapped(region)? == 0, "locked pages were swapped");
+                ensure_place(&gpu, region, Place::Ram)?;
+            }
+            // Without its lock it is as all others.
+            stayed.unlock()?;
+            eventually("what was locked is swapped", || {
+                cgroup.reclaim(8 << 20)?;
+                Ok(swapped(stayed)? == stayed.pages().count())
+            })?;
+            ensure!(swapped(came)? == 0, "locked pages were swapped");
+            [stayed, came, free]
+                .into_iter()
+                .try_for_each(|region| exercise(&gpu, region, 0, 0))
         })?)
         .with_context(|| format!("{backing:?}"))?;
     }
@@ -192,5 +236,58 @@ fn jobs_at_the_groups_limit_with_a_process_that_wants_more_get_on() -> Result<()
         "the group was never at its limit"
     );
     ensure!(cgroup.events("oom_kill")? == 0);
+    Ok(())
+}
+
+/// The kernel takes memory from those first that ask for it by this.
+const FIRST: &str = "1000";
+
+/// Takes all the memory that there is.
+fn want_everything() -> Result<()> {
+    std::fs::write("/proc/self/oom_score_adj", FIRST)?;
+    loop {
+        let region = Region::map(64 << 20, Backing::Huge)?;
+        for page in 0..region.length() / PAGE_SIZE {
+            region.store(page * PAGE_SIZE / 8, 1);
+        }
+    }
+}
+
+/// Pages come home to a machine that has no page left, by the CPU's touch and by request.
+fn machine_without_memory_kills_who_wants_it_while_pages_come_home() -> Result<()> {
+    for backing in [Backing::Small, Backing::Huge] {
+        let gpu = Gpu::open_first()?;
+        let region = Region::map(8 * HUGE_PAGE_SIZE, backing)?;
+        oracle::write(region, SEED);
+        let before = vmstat("oom_kill")?;
+        // The kernel may kill once more before what the first one had is free.
+        let spares = [(); 2].map(|()| {
+            fork(|| {
+                let offered = std::fs::write("/proc/self/oom_score_adj", FIRST);
+                std::thread::sleep(Duration::from_secs(600));
+                u8::from(offered.is_err())
+            })
+        });
+        let hog = fork(|| code(want_everything()))?;
+        let mut rounds = 0u64;
+        while vmstat("oom_kill")? == before {
+            move_all(&gpu, region, Place::Vram)?;
+            let (home, asked) = (HUGE_PAGE_SIZE * 4, HUGE_PAGE_SIZE * 4);
+            for page in 0..home / PAGE_SIZE {
+                region.atomic_add(page * PAGE_SIZE / 8, 0);
+            }
+            move_all(&gpu, region.part(home, asked), Place::Ram)?;
+            rounds += 1;
+        }
+        let ended = hog.wait()?;
+        ensure!(
+            ended == Ended::Signaled(rustix::process::Signal::KILL.as_raw()),
+            "{backing:?}: who wanted everything: {ended:?}"
+        );
+        drop(spares);
+        ensure!(rounds != 0, "{backing:?}: it was killed before pages moved");
+        exercise(&gpu, region, 0, 0).with_context(|| format!("{backing:?}"))?;
+        region.unmap()?;
+    }
     Ok(())
 }

@@ -3,7 +3,9 @@
 //! that the GPU or the driver does goes past the handler.
 
 use super::{
-    start::{SEED, STARTS, each_start, ensure_sum, ensure_words, eventually, exercise_all},
+    start::{
+        At, SEED, STARTS, Start, each_start, ensure_sum, ensure_words, eventually, exercise_all,
+    },
     userfault::{Fault, MISSING, Userfault, WRITE_PROTECT},
 };
 use crate::guest::{
@@ -25,6 +27,7 @@ use rustix::{
 };
 use std::{
     os::fd::AsRawFd,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -37,6 +40,7 @@ group! { "mm::userfaultfd", gpus 1, seconds 120:
     write_protected_pages_are_read_and_wait_for_the_handler_to_be_written,
     write_protected_pages_that_were_only_read_wait_for_the_handler_to_be_written,
     write_protected_in_vram_by_range_lets_the_rest_be_written,
+    write_protected_pages_that_move_stay_protected,
     job_on_a_page_nobody_serves_is_killed_and_others_go_on,
     process_on_a_page_nobody_serves_is_killed,
     unregistered_while_a_job_waits_lets_it_go_on,
@@ -122,6 +126,25 @@ fn ensure_gpu_waits(gpu: &Gpu, userfault: &Userfault, part: Region) -> Result<()
     );
     call::kill(gpu, fence)?;
     ensure_status(&call::wait(gpu, fence, JOB_TIME)?, JobStatus::Killed)
+}
+
+/// A thread that writes to protected memory waits for the handler; then it has written.
+fn ensure_cpu_waits(userfault: &Userfault, part: Region) -> Result<()> {
+    let before = part.load(0);
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| part.store(0, before.wrapping_add(7)));
+        // Whatever is wrong, it gets on.
+        let told = ensure_told(userfault, part);
+        let still = part.load(0);
+        userfault.write_protect(part, false)?;
+        ensure!(writer.join().is_ok());
+        told?;
+        ensure!(still == before, "the CPU wrote to a protected page");
+        Ok(())
+    })?;
+    ensure!(part.load(0) == before.wrapping_add(7));
+    part.store(0, before);
+    Ok(())
 }
 
 /// Memory that is missing, and what the handler has for it.
@@ -325,6 +348,42 @@ fn write_protected_in_vram_by_range_lets_the_rest_be_written() -> Result<()> {
         oracle::check(region.part(0, from), SEED, 1).with_context(|| format!("{start:?}"))?;
         userfault.write_protect(part, false)?;
         super::start::exercise(&gpu, part, from / 8, 0).with_context(|| format!("{start:?}"))?;
+        region.unmap()?;
+    }
+    Ok(())
+}
+
+/// From RAM to VRAM and back: the protection goes along, for the GPU and for the CPU.
+fn write_protected_pages_that_move_stay_protected() -> Result<()> {
+    for (backing, to) in [
+        (Backing::Small, Place::Vram),
+        (Backing::Huge, Place::Vram),
+        (Backing::Small, Place::Ram),
+        (Backing::Huge, Place::Ram),
+    ] {
+        let at = match to {
+            Place::Vram => At::Ram,
+            _ => At::Vram,
+        };
+        let gpu = Gpu::open_first()?;
+        let region = Start { backing, at }.region(&gpu, HUGE_PAGE_SIZE)?;
+        let userfault = Userfault::new()?;
+        userfault.register(region, WRITE_PROTECT)?;
+        userfault.write_protect(region, true)?;
+        let context = || format!("{backing:?} to {to:?}");
+        move_all(&gpu, region, to).with_context(context)?;
+        ensure_sum(&gpu, region, 0, 0).with_context(context)?;
+        ensure_place(&gpu, region, to).with_context(context)?;
+        ensure!(userfault.next(Duration::ZERO)?.is_none());
+        let first = page(region, 0);
+        ensure_gpu_waits(&gpu, &userfault, first).with_context(context)?;
+        // Who still waits there waits no more, and what was said of it is read.
+        userfault.write_protect(first, false)?;
+        while userfault.next(LOOK)?.is_some() {}
+        ensure_cpu_waits(&userfault, page(region, 300)).with_context(context)?;
+        oracle::check(region, SEED, 0).with_context(context)?;
+        userfault.write_protect(region, false)?;
+        exercise_all(&gpu, region).with_context(context)?;
         region.unmap()?;
     }
     Ok(())

@@ -31,7 +31,7 @@ group! { "races::engine", on Disk, seconds 180:
     threads_and_jobs_on_pages_that_are_swapped_and_pinned_read_only_what_was_written,
 }
 
-const SHORT: Duration = Duration::from_secs(5);
+const SHORT: Duration = Duration::from_secs(15);
 const PROCESSES: u64 = 2;
 
 /// Who else works on the pages.
