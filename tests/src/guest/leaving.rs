@@ -7,7 +7,7 @@ use super::{
     child::code,
     oracle,
     place::migrate,
-    programs::{DONE, READY, SEED, say, written},
+    programs::{DONE, READY, SEED, has_line, say, written},
 };
 use anyhow::{Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -15,8 +15,7 @@ use farfault::{
     Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place,
     process::{Ended, fork},
 };
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::{cell::RefCell, io, thread, time::Duration};
+use std::{cell::RefCell, thread, time::Duration};
 
 /// Goes on until it gets a line, also while there is no GPU.
 pub const LEAVE_FOR_EVER: &str = "leave-for-ever";
@@ -43,13 +42,6 @@ fn leave_for_ever(_: &[String]) -> Result<()> {
     ensure!(rounds > 1, "{rounds} rounds say nothing");
     say(DONE);
     Ok(())
-}
-
-/// Whether a line has come that nobody has read.
-fn has_line() -> Result<bool> {
-    let input = io::stdin();
-    let mut descriptors = [PollFd::new(&input, PollFlags::IN)];
-    Ok(poll(&mut descriptors, Some(&Timespec::default()))? != 0)
 }
 
 /// Pages of each size in VRAM when the descriptor is closed, and somebody who takes them at that moment.

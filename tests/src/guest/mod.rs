@@ -34,6 +34,7 @@ mod place;
 pub mod programs;
 pub mod settings;
 pub mod stages;
+pub mod waiting;
 
 pub use machine::{DYING_LIMIT, Machine};
 
@@ -83,6 +84,7 @@ pub fn programs() -> impl Iterator<Item = &'static Program> {
         .iter()
         .chain(holding::PROGRAMS)
         .chain(leaving::PROGRAMS)
+        .chain(waiting::PROGRAMS)
 }
 
 /// `farfault-guest-tests [--seed N] [--minutes N] NAME [ARGUMENT…]` or `farfault-guest-tests --list`.

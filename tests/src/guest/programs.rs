@@ -207,6 +207,13 @@ pub(super) fn wait_for_a_line() -> Result<()> {
     Ok(())
 }
 
+/// Whether a line has come that nobody has read.
+pub(super) fn has_line() -> Result<bool> {
+    let input = io::stdin();
+    let mut descriptors = [PollFd::new(&input, PollFlags::IN)];
+    Ok(poll(&mut descriptors, Some(&Timespec::default()))? != 0)
+}
+
 pub(super) fn written(length: usize, backing: Backing<'_>) -> Result<Region> {
     let region = Region::map(length, backing)?;
     oracle::write(region, SEED);

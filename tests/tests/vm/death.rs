@@ -18,6 +18,7 @@ use farfault_tests::guest::{
     DYING_LIMIT, Machine,
     programs::{DONE, HOLD_OPEN, READY},
     stages::{ACTING, AT_STAGE, FINE, HOLD_RAM, LOST, Stage, WAIT_FOR_SECOND},
+    waiting::WAIT_IN_PAIRS,
 };
 use std::{
     thread,
@@ -47,6 +48,12 @@ macro_rules! cases {
                 machine: Machine::Dying,
                 after: After::Keep,
                 run: stopped_for_a_moment,
+            },
+            HostCase {
+                name: "lifecycle::device_that_is_slow_wakes_all_who_wait_for_it",
+                machine: Machine::Dying,
+                after: After::Keep,
+                run: slow,
             },
             HostCase {
                 name: "lifecycle::open_of_a_stopped_device_holds_nobody_up",
@@ -214,6 +221,29 @@ fn stopped_for_a_moment(vm: &mut Vm, machines: &Machines) -> Result<()> {
         fine_at(vm, machines, gpu, stage)
             .with_context(|| format!("{stage:?}, {:?}", End::Moment))?;
     }
+    let said = vm.console()?;
+    let said = said.get(console..).context("the console shrank")?;
+    ensure!(!said.contains(LOSS), "{said}");
+    Ok(())
+}
+
+/// It does a little, and stands still for a while, and so on: requests take so long that several wait at a time.
+fn slow(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    const WORKS: Duration = Duration::from_millis(1);
+    const STANDS: Duration = Duration::from_millis(10);
+    let gpu = victim(vm)?;
+    let console = vm.console()?.len();
+    let process = vm.spawn(&command(machines, &[WAIT_IN_PAIRS, &gpu.to_string()]))?;
+    process.wait_for(READY, machines.limit(COMMAND))?;
+    let end = Instant::now() + machines.limit(Duration::from_secs(5));
+    while Instant::now() < end {
+        vm.stop_device(gpu)?;
+        thread::sleep(STANDS);
+        vm.continue_device(gpu)?;
+        thread::sleep(WORKS);
+    }
+    let output = go_on(process, machines, COMMAND)?;
+    ensure!(output.stdout_text().contains(DONE), "{output:?}");
     let said = vm.console()?;
     let said = said.get(console..).context("the console shrank")?;
     ensure!(!said.contains(LOSS), "{said}");

@@ -127,6 +127,12 @@ fn free_then_written_by_the_gpu_is_kept() -> Result<()> {
         region.advise(Advice::Cold)?;
         region.advise(Advice::PageOut)?;
         ensure_words(region, 8)?;
+        // And where a read has mapped them before. What it reads is what was there, or nothing.
+        region.advise(Advice::Free)?;
+        Job::sum(region).waves(2).run(gpu)?;
+        Job::fill(region, 8).waves(2).run(gpu)?;
+        region.advise(Advice::PageOut)?;
+        ensure_words(region, 8)?;
         ensure_agreement(gpu, region)
     })
 }
@@ -138,22 +144,26 @@ fn free_then_written_by_the_gpu_in_vram_is_kept_in_ram() -> Result<()> {
     let gpu = Gpu::open_first()?;
     let mut memory = Vec::new();
     for backing in [Backing::Small, Backing::Huge] {
-        // The pages go to VRAM on request, or by the faults of the job.
-        for asked in [true, false] {
+        // The pages go to VRAM on request, or by the faults of the job, which may read before it writes.
+        for (asked, read) in [(true, true), (true, false), (false, true), (false, false)] {
             let region = Region::map(HUGE_PAGE_SIZE, backing)?;
             oracle::write(region, SEED);
             region.advise(Advice::Free)?;
             if asked {
                 gpu.migrate(region.pages(), Place::Vram)?;
             }
+            if read {
+                Job::sum(region).waves(2).run(&gpu)?;
+            }
             Job::fill(region, 7).waves(2).run(&gpu)?;
-            memory.push((region, backing, asked));
+            memory.push((region, backing, asked, read));
         }
     }
-    for (region, backing, asked) in memory {
+    for (region, backing, asked, read) in memory {
         gpu.migrate(region.pages(), Place::Ram)?;
         region.advise(Advice::PageOut)?;
-        ensure_words(region, 7).with_context(|| format!("{backing:?}, asked: {asked}"))?;
+        ensure_words(region, 7)
+            .with_context(|| format!("{backing:?}, asked: {asked}, read before: {read}"))?;
     }
     Ok(())
 }

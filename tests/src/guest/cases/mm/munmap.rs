@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `munmap`, whole and of parts, at rest and while jobs work there; see also group `unmap`.
 
-use super::start::{SEED, STARTS, each_start, exercise, exercise_all, exercise_empty};
+use super::start::{
+    SEED, STARTS, each_start, ensure_sum, ensure_words, exercise, exercise_all, exercise_empty,
+};
 use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
     oracle,
+    place::move_all,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
-use farfault::{Access, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, uapi::JobStatus};
+use farfault::{Access, Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, uapi::JobStatus};
 use rustix::{
     fs::{MemfdFlags, ftruncate, memfd_create},
     io::Errno,
@@ -21,6 +24,7 @@ group! { "mm::munmap", gpus 1, seconds 60:
     every_other_page_unmapped_leaves_the_others,
     region_replaced_in_one_step_shows_the_gpu_the_new_memory,
     several_tables_of_memory_replaced_in_one_step_show_the_gpu_the_new_memory,
+    sparse_pages_of_several_tables_taken_in_one_step_show_the_gpu_the_new_memory,
     unmapped_during_a_job_that_writes_is_not_written_any_more,
     replaced_during_a_job_the_job_goes_on_in_the_new_memory,
 }
@@ -92,6 +96,46 @@ fn several_tables_of_memory_replaced_in_one_step_show_the_gpu_the_new_memory() -
         region.unmap()?;
     }
     Ok(())
+}
+
+/// As above, of memory in which the GPU has only a page here and there: what it may keep lies in several pieces.
+fn sparse_pages_of_several_tables_taken_in_one_step_show_the_gpu_the_new_memory() -> Result<()> {
+    const BLOCKS: usize = 5;
+    let take: [fn(Region) -> rustix::io::Result<()>; 2] = [Region::replace, Region::discard];
+    for (place, take) in [Place::Vram, Place::Ram]
+        .into_iter()
+        .flat_map(|place| take.map(|take| (place, take)))
+    {
+        let gpu = Gpu::open_first()?;
+        let region = Region::map(BLOCKS * HUGE_PAGE_SIZE, Backing::Small)?;
+        gpu.advise(region.pages(), Advice::MapOnly)?;
+        // One block has none.
+        let pages: Vec<_> = [0, 1, 2, 4]
+            .map(|block| region.part(block * HUGE_PAGE_SIZE + (5 + block) * PAGE_SIZE, PAGE_SIZE))
+            .into();
+        for page in &pages {
+            oracle::write(*page, SEED);
+            move_all(&gpu, *page, place)?;
+        }
+        for page in &pages {
+            exercise_by_gpu(&gpu, *page)?;
+        }
+        take(region)?;
+        for page in &pages {
+            let sum = Job::sum(*page).run(&gpu)?;
+            ensure!(sum == 0, "{place:?}: the GPU reads what was there before");
+            Job::fill(*page, 5).run(&gpu)?;
+            ensure_words(*page, 5).with_context(|| format!("{place:?}"))?;
+        }
+        region.unmap()?;
+    }
+    Ok(())
+}
+
+/// The GPU reads and writes it, and nobody else does after that.
+fn exercise_by_gpu(gpu: &Gpu, page: Region) -> Result<()> {
+    Job::add(page, 1).run(gpu)?;
+    ensure_sum(gpu, page, 0, 1)
 }
 
 /// A word in a page of a file, which outlives its mapping; and a job that adds to it for ever.

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A program whose threads wait for the GPU's answers at the same time, one of them for longer than the other.
+
+use super::{
+    Program, oracle,
+    place::migrate,
+    programs::{DONE, READY, SEED, has_line, say, written},
+};
+use anyhow::{Result, anyhow, bail, ensure};
+use farfault::arena::Backing;
+use farfault::{Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place};
+use std::{thread, time::Duration};
+
+/// `wait-in-pairs NUMBER`: goes on with the GPU of this number until it gets a line.
+pub const WAIT_IN_PAIRS: &str = "wait-in-pairs";
+
+pub(super) const PROGRAMS: &[Program] = &[Program {
+    name: WAIT_IN_PAIRS,
+    run: wait_in_pairs,
+}];
+
+fn wait_in_pairs(arguments: &[String]) -> Result<()> {
+    let [number] = arguments else {
+        bail!("name a GPU's number");
+    };
+    let gpu = Gpu::open(format!("/dev/farfault{number}"))?;
+    let much = written(HUGE_PAGE_SIZE, Backing::Small)?;
+    let little = written(PAGE_SIZE, Backing::Small)?;
+    let mut round = 0_u64;
+    while !has_line()? {
+        let place = if round % 2 == 0 {
+            Place::Vram
+        } else {
+            Place::Ram
+        };
+        thread::scope(|scope| {
+            let long = scope.spawn(|| migrate(&gpu, much, place));
+            thread::sleep(Duration::from_micros(500 * (round % 16)));
+            // After this nobody asks for anything until the other has its answers.
+            let short = migrate(&gpu, little, place);
+            long.join().map_err(|_| anyhow!("a thread panicked"))??;
+            short
+        })?;
+        if round == 0 {
+            say(READY);
+        }
+        round += 1;
+    }
+    println!("{round} rounds");
+    ensure!(round > 1, "one round says nothing");
+    for region in [much, little] {
+        oracle::check(region, SEED, 0)?;
+    }
+    say(DONE);
+    Ok(())
+}
