@@ -67,6 +67,7 @@ pub enum Advice {
     PopulateRead = libc::MADV_POPULATE_READ,
     PopulateWrite = libc::MADV_POPULATE_WRITE,
     Collapse = libc::MADV_COLLAPSE,
+    HwPoison = libc::MADV_HWPOISON,
 }
 
 /// The pointer to a range of the stage, which is all that the calls below may change.

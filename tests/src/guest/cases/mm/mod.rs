@@ -7,6 +7,7 @@ mod cgroup;
 mod cma;
 mod compaction;
 mod direct;
+mod failed_ram;
 mod family;
 mod files;
 mod fork;
@@ -46,6 +47,7 @@ pub(super) const GROUPS: &[&[Case]] = &[
     munmap::CASES,
     madvise::CASES,
     mlock::CASES,
+    failed_ram::CASES,
     ksm::CASES,
     khugepaged::CASES,
     compaction::CASES,
