@@ -18,7 +18,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use xtask::vm::Vm;
+use xtask::vm::{GuestProcess, Vm};
 
 const COMMAND: Duration = Duration::from_secs(60);
 /// For thousands of CPU faults, or a walk through all of VRAM, on a busy host.
@@ -96,17 +96,30 @@ fn bind_again(vm: &mut Vm, machines: &Machines) -> Result<()> {
     Ok(())
 }
 
+/// A process some of whose pages in VRAM have failed, and which.
+fn lose_memory(vm: &mut Vm, machines: &Machines) -> Result<(GuestProcess, Vec<u64>)> {
+    let process = start(vm, machines, LOSE_MEMORY, READY)?;
+    let said = process.stdout_so_far();
+    let line = said.lines().find(|line| line.starts_with('['));
+    let pages: Vec<u64> = serde_json::from_str(line.context("it names no pages")?)?;
+    poison(vm, &pages)?;
+    Ok((process, pages))
+}
+
 fn poisoned_page_kills_only_its_users_and_is_not_used_again(
     vm: &mut Vm,
     machines: &Machines,
 ) -> Result<()> {
     bind_again(vm, machines)?;
-    let process = start(vm, machines, LOSE_MEMORY, READY)?;
+    // Their users meet them first.
+    let (process, pages) = lose_memory(vm, machines)?;
+    let output = go_on(process, machines, LONG)?;
+    ensure!(output.stdout_text().contains(DONE));
+    wait_for_retired(vm, machines, pages.len())?;
+    bind_again(vm, machines)?;
+    // Others do.
+    let (process, mut pages) = lose_memory(vm, machines)?;
     let bystander = start(vm, machines, HOLD_OPEN, READY)?;
-    let said = process.stdout_so_far();
-    let line = said.lines().find(|line| line.starts_with('['));
-    let mut pages: Vec<u64> = serde_json::from_str(line.context("it names no pages")?)?;
-    poison(vm, &pages)?;
     // As they cannot go home, the machine cannot sleep, and all goes on.
     let sleep = "echo devices > /sys/power/pm_test; ! echo mem > /sys/power/state; \
                  echo none > /sys/power/pm_test";
