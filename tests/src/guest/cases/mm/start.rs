@@ -173,7 +173,10 @@ pub(super) fn ensure_agreement(gpu: &Gpu, region: Region) -> Result<()> {
 }
 
 /// Waits until something holds, with a time limit.
-pub(super) fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+pub(in crate::guest) fn eventually(
+    what: &str,
+    mut holds: impl FnMut() -> Result<bool>,
+) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !holds()? {
         ensure!(Instant::now() < deadline, "it never came that {what}");

@@ -6,6 +6,7 @@ use super::field::Random;
 use crate::guest::{
     VRAM,
     call::{self, Job},
+    cases::mm::start::eventually,
     child::code,
     oracle,
     place::migrate,
@@ -35,7 +36,7 @@ group! { "races::kill", on Small, seconds 180:
 }
 
 const SEED: u64 = 0xdead;
-const SHORT: Duration = Duration::from_secs(2);
+const SHORT: Duration = Duration::from_secs(6);
 /// The latest point at which a child is killed.
 const LATEST: usize = 40_000;
 /// Pages that the survivor looks at while others live.
@@ -43,10 +44,42 @@ const FEW: usize = 2;
 /// How many live at a time.
 const CHILDREN: usize = 2;
 
-/// What a child does until it is killed, on what it shares with its parent and on what is its own.
-type Life = fn(&Gpu, Region, Region, &mut Random) -> Result<()>;
+/// What a child does until it is killed, on what it shares with its parent and on what is its own. It says where
+/// it is.
+type Life = fn(&Gpu, Region, Region, &mut Random, &At) -> Result<()>;
 
-fn migrating(gpu: &Gpu, shared: Region, own: Region, random: &mut Random) -> Result<()> {
+/// Where a child is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Point {
+    /// It prepares.
+    Before,
+    /// In a call of the driver, or waiting for a job.
+    Driver,
+    /// It touches pages that the GPU had.
+    Touch,
+}
+
+const POINTS: [Point; 3] = [Point::Before, Point::Driver, Point::Touch];
+
+/// What one child says of itself, in memory that its parent sees.
+struct At(Region);
+
+impl At {
+    fn new() -> Result<Self> {
+        Ok(Self(Region::map(PAGE_SIZE, Backing::Shared)?))
+    }
+
+    fn is(&self, point: Point) {
+        self.0.store(0, point as u64);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(0)
+    }
+}
+
+fn migrating(gpu: &Gpu, shared: Region, own: Region, random: &mut Random, at: &At) -> Result<()> {
+    at.is(Point::Driver);
     let region = if random.coin() { shared } else { own };
     let part = random.part(region);
     let request = uapi::Migrate {
@@ -63,18 +96,21 @@ fn migrating(gpu: &Gpu, shared: Region, own: Region, random: &mut Random) -> Res
     super::workers::tolerate(call::call(gpu, request), &[Errno::BUSY])
 }
 
-fn faulting(gpu: &Gpu, shared: Region, own: Region, random: &mut Random) -> Result<()> {
+fn faulting(gpu: &Gpu, shared: Region, own: Region, random: &mut Random, at: &At) -> Result<()> {
     let region = if random.coin() { shared } else { own };
     let part = random.part(region);
+    at.is(Point::Driver);
     Job::add(part, 1).waves(4).run(gpu)?;
     // The CPU faults, too.
+    at.is(Point::Touch);
     for page in 0..part.length() / PAGE_SIZE {
         part.store(page * PAGE_SIZE / 8, 5);
     }
     Ok(())
 }
 
-fn leaving(gpu: &Gpu, shared: Region, own: Region, random: &mut Random) -> Result<()> {
+fn leaving(gpu: &Gpu, shared: Region, own: Region, random: &mut Random, at: &At) -> Result<()> {
+    at.is(Point::Driver);
     for region in [shared, own] {
         Job::fill(random.part(region), 3).waves(4).submit(gpu)?;
     }
@@ -83,15 +119,16 @@ fn leaving(gpu: &Gpu, shared: Region, own: Region, random: &mut Random) -> Resul
     std::process::exit(0)
 }
 
-fn evicting(gpu: &Gpu, _: Region, own: Region, random: &mut Random) -> Result<()> {
+fn evicting(gpu: &Gpu, _: Region, own: Region, random: &mut Random, at: &At) -> Result<()> {
     let big = Region::map(VRAM as usize * 3 / 4, Backing::Huge)?;
+    at.is(Point::Driver);
     loop {
         Job::fill(random.part(big), 3).waves(4).run(gpu)?;
         Job::add(own, 1).run(gpu)?;
     }
 }
 
-fn live(life: Life, shared: Region, seed: u64) -> Result<()> {
+fn live(life: Life, shared: Region, seed: u64, at: &At) -> Result<()> {
     let gpu = Gpu::open_first()?;
     let mut random = Random::new(seed);
     let backing = if random.coin() {
@@ -101,19 +138,21 @@ fn live(life: Life, shared: Region, seed: u64) -> Result<()> {
     };
     let own = Region::map(HUGE_PAGE_SIZE, backing)?;
     loop {
-        life(&gpu, shared, own, &mut random)?;
+        life(&gpu, shared, own, &mut random, at)?;
     }
 }
 
 /// Children come and go at random moments; the parent's pages, which they share for their writes to
 /// part, go on to be moved and used.
-fn come_and_go(life: Life, may_exit: bool) -> Result<()> {
+fn come_and_go(life: Life, may_exit: bool, points: &[Point]) -> Result<()> {
     let mut random = Random::new(settings::seed());
     let begin = Instant::now();
     let duration = settings::duration(SHORT);
     let mut ended = 0;
+    let mut killed_at = [0; POINTS.len()];
     for backing in [Backing::Huge, Backing::Small].into_iter().cycle() {
-        if begin.elapsed() >= duration && ended >= CHILDREN {
+        let reached = points.iter().all(|&point| killed_at[point as usize] != 0);
+        if begin.elapsed() >= duration && reached {
             break;
         }
         let gpu = Gpu::open_first()?;
@@ -123,17 +162,23 @@ fn come_and_go(life: Life, may_exit: bool) -> Result<()> {
             migrate(&gpu, region, Place::Vram)?;
         }
         let children = (0..CHILDREN).map(|_| {
-            let seed = random.any();
-            fork(move || code(live(life, region, seed)))
+            let (seed, at) = (random.any(), At::new()?);
+            let child = fork(|| code(live(life, region, seed, &at)))?;
+            Ok((child, at))
         });
-        let children = children.collect::<Result<Vec<_>, _>>()?;
-        for child in children {
+        let children = children.collect::<Result<Vec<_>>>()?;
+        for (child, at) in children {
+            eventually("a child is under way", || {
+                Ok(at.get() != Point::Before as u64)
+            })?;
             thread::sleep(Duration::from_micros(random.below(LATEST) as u64));
             if let Some(pid) = child.pid() {
                 // It may have left by itself, but nobody has waited for it.
                 kill_process(pid, Signal::KILL)?;
             }
             let how = child.wait()?;
+            killed_at[at.get() as usize % POINTS.len()] += 1;
+            at.0.unmap()?;
             let killed = how == Ended::Signaled(Signal::KILL.as_raw());
             ensure!(killed || may_exit && how == Ended::Exited(0), "{how:?}");
             ended += 1;
@@ -152,7 +197,11 @@ fn come_and_go(life: Life, may_exit: bool) -> Result<()> {
         oracle::check(region, SEED, added).with_context(|| format!("{backing:?}"))?;
         region.unmap()?;
     }
-    println!("{ended} children ended in {:?}", begin.elapsed());
+    println!(
+        "{ended} children ended in {:?}: {:?} at {POINTS:?}",
+        begin.elapsed(),
+        killed_at
+    );
     // Nothing is lost to those who are gone: they give up most of VRAM a moment after their end.
     let gpu = Gpu::open_first()?;
     let all = Region::map(VRAM as usize * 3 / 4, Backing::Huge)?;
@@ -164,17 +213,17 @@ fn come_and_go(life: Life, may_exit: bool) -> Result<()> {
 }
 
 fn kill_at_any_point_of_a_migration_leaves_others_right() -> Result<()> {
-    come_and_go(migrating, false)
+    come_and_go(migrating, false, &[Point::Driver])
 }
 
 fn kill_at_any_point_of_a_fault_leaves_others_right() -> Result<()> {
-    come_and_go(faulting, false)
+    come_and_go(faulting, false, &[Point::Driver, Point::Touch])
 }
 
 fn exit_at_any_point_with_jobs_under_way_leaves_others_right() -> Result<()> {
-    come_and_go(leaving, true)
+    come_and_go(leaving, true, &[Point::Driver])
 }
 
 fn kill_at_any_point_of_an_eviction_leaves_others_right() -> Result<()> {
-    come_and_go(evicting, false)
+    come_and_go(evicting, false, &[Point::Driver])
 }
