@@ -15,7 +15,7 @@ use super::{
     place::{migrate, move_all, state},
     stages,
 };
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
     Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, pagemap,
@@ -67,8 +67,13 @@ pub const LOSE_MEMORY: &str = "lose-memory";
 /// Has a descriptor, pages in VRAM and a job, and expects the GPU to be unbound after [`READY`].
 /// When it gets a line, the GPU is there again.
 pub const LOSE_DRIVER: &str = "lose-driver";
-/// Has a descriptor, and expects the device's process to be dead when it gets a line.
+/// `lose-device NUMBER HOW`: has a job on the GPU of this number, whose process is dead when it gets a line. It waits
+/// for the job as [`FOR_EVER`] or [`WITH_A_LIMIT`] says.
 pub const LOSE_DEVICE: &str = "lose-device";
+/// A way to wait.
+pub const FOR_EVER: &str = "for-ever";
+/// A way to wait: for longer than the driver does for the device.
+pub const WITH_A_LIMIT: &str = "with-a-limit";
 
 /// Has both nodes of `dmirror=1` open, with pages in the VRAM of each, and checks its data when it gets
 /// a line.
@@ -548,8 +553,11 @@ fn lose_memory(_: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn lose_device(_: &[String]) -> Result<()> {
-    let gpu = Gpu::open_first()?;
+fn lose_device(arguments: &[String]) -> Result<()> {
+    let [number, how] = arguments else {
+        bail!("name a GPU's number and how to wait");
+    };
+    let gpu = Gpu::open(format!("/dev/farfault{number}"))?;
     let region = written(16 * PAGE_SIZE, Backing::Small)?;
     let fence = Job::endless(Region::map(PAGE_SIZE, Backing::Small)?).submit(&gpu)?;
     gpu.advise(region.pages(), Advice::MapOnly)?;
@@ -558,7 +566,11 @@ fn lose_device(_: &[String]) -> Result<()> {
     wait_for_a_line()?;
     let begin = Instant::now();
     // Nobody else asks the device for anything.
-    let running = call::wait_for_ever(&gpu, fence);
+    let running = match how.as_str() {
+        FOR_EVER => call::wait_for_ever(&gpu, fence),
+        WITH_A_LIMIT => call::wait(&gpu, fence, DRIVER_LIMIT),
+        _ => bail!("there is no such way to wait"),
+    };
     let lost = running.is_ok_and(|end| end.status == JobStatus::DeviceLost.raw());
     ensure!(
         lost || running == Err(Errno::IO),

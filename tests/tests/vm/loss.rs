@@ -1,33 +1,39 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The device's process dies: the driver notices within its time limits, and whoever waits is told.
-//!
-//! QEMU does not survive everything that a guest can do to a device without a process, so nothing
-//! is asked of the VM afterwards.
+//! The device's process dies while nobody asks it for anything: the driver notices within its time limits, and whoever
+//! waits for a job is told.
 
 use super::{
     HostCase,
-    inside::{go_on, start},
+    death::victim,
+    inside::{command, go_on},
     machines::{After, Machines},
 };
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
     Machine,
-    programs::{DONE, LOSE_DEVICE, READY},
+    programs::{DONE, FOR_EVER, LOSE_DEVICE, READY, WITH_A_LIMIT},
 };
 use std::time::Duration;
 use xtask::vm::Vm;
 
 pub(crate) const CASES: &[HostCase] = &[HostCase {
     name: "loss::device_killed_ends_jobs_and_calls_with_an_error",
-    machine: Machine::Small,
-    after: After::GiveUp,
+    machine: Machine::Dying,
+    after: After::Keep,
     run: device_killed_ends_jobs_and_calls_with_an_error,
 }];
 
+const LIMIT: Duration = Duration::from_secs(90);
+
 fn device_killed_ends_jobs_and_calls_with_an_error(vm: &mut Vm, machines: &Machines) -> Result<()> {
-    let process = start(vm, machines, LOSE_DEVICE, READY)?;
-    vm.kill_device(0)?;
-    let output = go_on(process, machines, Duration::from_secs(90))?;
-    ensure!(output.stdout_text().contains(DONE));
+    for how in [FOR_EVER, WITH_A_LIMIT] {
+        let gpu = victim(vm)?;
+        let program = [LOSE_DEVICE, &gpu.to_string(), how];
+        let process = vm.spawn(&command(machines, &program))?;
+        process.wait_for(READY, machines.limit(LIMIT))?;
+        vm.kill_device(gpu)?;
+        let output = go_on(process, machines, LIMIT).with_context(|| format!("waiting {how}"))?;
+        ensure!(output.stdout_text().contains(DONE));
+    }
     Ok(())
 }
