@@ -26,7 +26,11 @@ use signal_hook::consts::SIGUSR1;
 use std::{
     fs,
     process::{Command, Stdio},
-    sync::{Arc, Barrier, atomic::AtomicBool},
+    sync::{
+        Arc, Barrier,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -36,6 +40,7 @@ group! { "process", on Small, seconds 90:
     exec_with_pages_in_vram_gives_it_all_back,
     close_with_an_endless_job_ends_in_time,
     close_with_pages_in_vram_leaves_the_data,
+    pages_of_a_new_descriptor_stay_while_those_of_a_closed_one_go_home,
     kill_during_faults_ends_in_time,
     kill_during_migration_ends_in_time,
     kill_during_eviction_ends_in_time,
@@ -286,4 +291,45 @@ fn first_calls_of_many_threads_at_once_all_work() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Descriptors come and go, and so do their pages: each has its own, and they are not mixed up.
+fn pages_of_a_new_descriptor_stay_while_those_of_a_closed_one_go_home() -> Result<()> {
+    const TIME: Duration = Duration::from_secs(3);
+    const ROUNDS: usize = 8;
+    let much = Region::map(4 * HUGE_PAGE_SIZE, Backing::Small)?;
+    let little = Region::map(HUGE_PAGE_SIZE / 4, Backing::Small)?;
+    for region in [much, little] {
+        oracle::write(region, SEED);
+    }
+    let end = Instant::now() + TIME;
+    let stop = AtomicBool::new(false);
+    let closes = || -> Result<()> {
+        while !stop.load(Ordering::Relaxed) {
+            let gpu = Gpu::open_first()?;
+            move_all(&gpu, much, Place::Vram)?;
+        }
+        Ok(())
+    };
+    let mut rounds = 0;
+    let mut opens = || -> Result<()> {
+        while Instant::now() < end || rounds < ROUNDS {
+            let gpu = Gpu::open_first()?;
+            move_all(&gpu, little, Place::Vram)?;
+            thread::sleep(Duration::from_millis(10));
+            ensure_place(&gpu, little, Place::Vram)?;
+            rounds += 1;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let closer = scope.spawn(closes);
+        let opened = opens();
+        stop.store(true, Ordering::Relaxed);
+        closer.join().map_err(|_| anyhow!("a thread panicked"))??;
+        opened
+    })?;
+    [much, little]
+        .into_iter()
+        .try_for_each(|region| oracle::check(region, SEED, 0))
 }
