@@ -30,7 +30,8 @@ mod tables;
 use farfault_tests::guest::Machine;
 use libtest_mimic::{Arguments, Failed, Trial};
 use machines::{After, Machines};
-use std::{process::ExitCode, sync::Arc, time::Duration};
+use rustix::process::getppid;
+use std::{process::ExitCode, sync::Arc, thread, time::Duration};
 use xtask::vm::Vm;
 
 /// A case in which the host takes part.
@@ -99,7 +100,20 @@ fn trials(machines: &Arc<Machines>, shows_output: bool) -> Vec<Trial> {
 
 type Body = Box<dyn Fn(&mut Vm, &Machines) -> anyhow::Result<()> + Send>;
 
+/// VMs end with this process, and it ends with the one that started it: whoever kills `cargo xtask test` leaves none
+/// behind.
+fn end_with_parent() {
+    let parent = getppid();
+    thread::spawn(move || {
+        while getppid() == parent {
+            thread::sleep(Duration::from_secs(1));
+        }
+        std::process::exit(130);
+    });
+}
+
 fn main() -> ExitCode {
+    end_with_parent();
     let mut arguments = Arguments::from_args();
     // More than one VM at a time would only make all of them slow.
     arguments.test_threads.get_or_insert(1);
