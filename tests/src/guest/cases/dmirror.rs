@@ -20,6 +20,7 @@ use std::{fs, os::unix::fs::PermissionsExt};
 group! { "dmirror", on Mirrors, seconds 60:
     nodes_of_two_gpus_are_there_for_their_owner_only,
     write_and_read_copy_and_count_faults,
+    write_after_a_read_of_what_may_only_be_read_is_a_fault,
     snapshot_tells_places_and_rights,
     migration_moves_pages_and_copies_what_it_moved,
     exclusive_pages_are_told_until_the_cpu_touches_one,
@@ -82,6 +83,49 @@ fn write_and_read_copy_and_count_faults() -> Result<()> {
         let done = mirror.call(Action::Read, region, buffer)?;
         ensure!((done.pages, done.faults) == (pages, 0), "{done:?}");
         oracle::check(buffer, SEED, 0)?;
+    }
+    Ok(())
+}
+
+/// A read maps no more than it may: memory that is read-only, pages that a child has, too, and the zero page.
+fn write_after_a_read_of_what_may_only_be_read_is_a_fault() -> Result<()> {
+    const ADDED: u64 = 3;
+    for backing in [Backing::Small, Backing::Huge] {
+        let mirror = Mirror::open(0)?;
+        let [fixed, shared, empty, other] = [(); 4].map(|()| Region::map(HUGE_PAGE_SIZE, backing));
+        let (fixed, shared, empty, other) = (fixed?, shared?, empty?, other?);
+        let (news, buffer) = (
+            Region::map(HUGE_PAGE_SIZE, Backing::Small)?,
+            Region::map(HUGE_PAGE_SIZE, Backing::Small)?,
+        );
+        for index in 0..news.words() {
+            news.store(index, oracle::word(SEED, index).wrapping_add(ADDED));
+        }
+        oracle::write(fixed, SEED);
+        oracle::write(shared, SEED);
+        fixed.protect(Protection::Read)?;
+        let gate = Gate::new()?;
+        let child = fork(|| code(gate.wait().and_then(|()| oracle::check(shared, SEED, 0))))?;
+        for (region, expected) in [(fixed, SEED), (shared, SEED)] {
+            mirror.call(Action::Read, region, buffer)?;
+            oracle::check(buffer, expected, 0)?;
+        }
+        ensure!(empty.load(0) == 0 && other.load(0) == 0);
+        mirror.call(Action::Read, empty, buffer)?;
+        ensure!((0..buffer.words()).all(|index| buffer.load(index) == 0));
+        let refused = mirror.call(Action::Write, fixed, news);
+        ensure!(refused == Err(Errno::PERM), "{backing:?}: {refused:?}");
+        oracle::check(fixed, SEED, 0)?;
+        for region in [shared, empty] {
+            mirror.call(Action::Write, region, news)?;
+            oracle::check(region, SEED, ADDED)?;
+        }
+        ensure!(
+            (0..other.words()).all(|index| other.load(index) == 0),
+            "{backing:?}: all that is empty was written"
+        );
+        gate.open()?;
+        ensure!(child.wait()? == Ended::Exited(0), "{backing:?}");
     }
     Ok(())
 }
