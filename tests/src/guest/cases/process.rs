@@ -47,6 +47,7 @@ group! { "process", on Small, seconds 90:
     reopening_many_times_works,
     opening_many_times_without_a_call_works,
     opens_that_are_interrupted_use_up_no_context,
+    calls_of_a_process_that_handles_signals_are_not_cut_short,
     first_calls_of_many_threads_at_once_all_work,
 }
 
@@ -332,4 +333,40 @@ fn pages_of_a_new_descriptor_stay_while_those_of_a_closed_one_go_home() -> Resul
     [much, little]
         .into_iter()
         .try_for_each(|region| oracle::check(region, SEED, 0))
+}
+
+/// A timer, a profiler: the signals that a process handles are no reason to give up what it asked for.
+fn calls_of_a_process_that_handles_signals_are_not_cut_short() -> Result<()> {
+    const TIME: Duration = Duration::from_secs(3);
+    const ROUNDS: usize = 2;
+    let handled = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGUSR1, Arc::clone(&handled))?;
+    let end = Instant::now() + TIME;
+    let pid = rustix::process::getpid();
+    let other = fork(|| {
+        while kill_process(pid, Signal::USR1).is_ok() {
+            thread::sleep(Duration::from_micros(200));
+        }
+        0
+    })?;
+    let gpu = Gpu::open_first()?;
+    let regions = [Backing::Small, Backing::Huge].map(|backing| {
+        let region = Region::map(2 * HUGE_PAGE_SIZE, backing)?;
+        oracle::write(region, SEED);
+        Ok::<_, anyhow::Error>(region)
+    });
+    let mut rounds = 0;
+    while Instant::now() < end || rounds < ROUNDS {
+        for region in &regions {
+            let region = *region.as_ref().map_err(|error| anyhow!("{error:#}"))?;
+            move_all(&gpu, region, Place::Vram)?;
+            move_all(&gpu, region, Place::Ram)?;
+            gpu.make_exclusive(region.part(0, HUGE_PAGE_SIZE / 2).pages())?;
+            oracle::check(region, SEED, 0)?;
+        }
+        rounds += 1;
+    }
+    drop(other);
+    ensure!(handled.load(Ordering::Relaxed), "no signal came");
+    Ok(())
 }
