@@ -23,7 +23,9 @@ fn wait_in_pairs(arguments: &[String]) -> Result<()> {
     let [number] = arguments else {
         bail!("name a GPU's number");
     };
-    let gpu = Gpu::open(format!("/dev/farfault{number}"))?;
+    // The calls of one descriptor come after each other.
+    let open = || Gpu::open(format!("/dev/farfault{number}"));
+    let (gpu, other) = (open()?, open()?);
     let much = written(HUGE_PAGE_SIZE, Backing::Small)?;
     let little = written(PAGE_SIZE, Backing::Small)?;
     let mut round = 0_u64;
@@ -37,7 +39,7 @@ fn wait_in_pairs(arguments: &[String]) -> Result<()> {
             let long = scope.spawn(|| migrate(&gpu, much, place));
             thread::sleep(Duration::from_micros(500 * (round % 16)));
             // After this nobody asks for anything until the other has its answers.
-            let short = migrate(&gpu, little, place);
+            let short = migrate(&other, little, place);
             long.join().map_err(|_| anyhow!("a thread panicked"))??;
             short
         })?;

@@ -227,20 +227,26 @@ fn stopped_for_a_moment(vm: &mut Vm, machines: &Machines) -> Result<()> {
     Ok(())
 }
 
-/// It does a little, and stands still for a while, and so on: requests take so long that several wait at a time.
+/// It does a little, hardly more than a request, and stands still for a while, and so on: requests take so long that
+/// several wait at a time, and some for longer than others.
 fn slow(vm: &mut Vm, machines: &Machines) -> Result<()> {
-    const WORKS: Duration = Duration::from_millis(1);
-    const STANDS: Duration = Duration::from_millis(10);
+    const WORKS_MICROSECONDS: [u64; 3] = [0, 30, 100];
+    const STANDS: Duration = Duration::from_millis(3);
     let gpu = victim(vm)?;
     let console = vm.console()?.len();
     let process = vm.spawn(&command(machines, &[WAIT_IN_PAIRS, &gpu.to_string()]))?;
     process.wait_for(READY, machines.limit(COMMAND))?;
     let end = Instant::now() + machines.limit(Duration::from_secs(5));
-    while Instant::now() < end {
+    for works in WORKS_MICROSECONDS.into_iter().cycle() {
+        if Instant::now() >= end {
+            break;
+        }
         vm.stop_device(gpu)?;
         thread::sleep(STANDS);
         vm.continue_device(gpu)?;
-        thread::sleep(WORKS);
+        if works != 0 {
+            thread::sleep(Duration::from_micros(works));
+        }
     }
     let output = go_on(process, machines, COMMAND)?;
     ensure!(output.stdout_text().contains(DONE), "{output:?}");
