@@ -8,17 +8,23 @@ use crate::guest::{
 };
 use anyhow::{Result, ensure};
 use farfault::arena::{Backing, Call, Protection, Region, call_at};
-use farfault::{Gpu, PAGE_SIZE, uapi};
+use farfault::{
+    Advice, Gpu, PAGE_SIZE,
+    uapi::{self, JobStatus},
+};
 use rustix::io::Errno;
 use std::{
     fs::OpenOptions,
     io::{Read, Write},
     os::unix::fs::FileExt,
+    thread,
+    time::Duration,
 };
 
 group! { "bad_pointer", on Small, seconds 40:
     argument_that_cannot_be_accessed_is_efault,
     argument_that_cannot_be_written_is_efault,
+    job_whose_name_cannot_be_told_does_not_run_on,
     argument_that_ends_in_a_hole_is_efault,
     unknown_calls_are_enotty,
     calls_of_another_size_or_direction_are_enotty,
@@ -121,6 +127,28 @@ fn argument_that_cannot_be_written_is_efault() -> Result<()> {
             Err(errno) => anyhow::bail!("WAIT for any: {errno:?}"),
         }
     }
+    ensure_works(&gpu)
+}
+
+/// It writes for ever, and nobody could end it.
+fn job_whose_name_cannot_be_told_does_not_run_on() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let word = Region::map(PAGE_SIZE, Backing::Small)?;
+    gpu.advise(word.pages(), Advice::MapOnly)?;
+    let arguments = Region::map(PAGE_SIZE, Backing::Small)?;
+    arguments.store(0, u64::from(farfault::Kernel::AtomicAdd.raw()) | 1 << 32);
+    for (index, argument) in [word.address(), 1, u64::MAX].into_iter().enumerate() {
+        arguments.store(1 + index, argument);
+    }
+    arguments.protect(Protection::Read)?;
+    let result = call_at(&gpu, uapi::Submit::NUMBER, arguments.address());
+    ensure!(result == Err(Errno::FAULT), "SUBMIT: {result:?}");
+    // It is one of those that are collected as any.
+    let end = call::wait(&gpu, 0, call::JOB_TIME)?;
+    call::ensure_status(&end, JobStatus::Killed)?;
+    let after = word.load(0);
+    thread::sleep(Duration::from_millis(20));
+    ensure!(word.load(0) == after, "it goes on writing");
     ensure_works(&gpu)
 }
 

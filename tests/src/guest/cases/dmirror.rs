@@ -21,6 +21,7 @@ group! { "dmirror", on Mirrors, seconds 60:
     nodes_of_two_gpus_are_there_for_their_owner_only,
     write_and_read_copy_and_count_faults,
     write_after_a_read_of_what_may_only_be_read_is_a_fault,
+    caller_that_is_not_the_mirrored_process_gets_the_bytes_itself,
     snapshot_tells_places_and_rights,
     migration_moves_pages_and_copies_what_it_moved,
     exclusive_pages_are_told_until_the_cpu_touches_one,
@@ -126,6 +127,33 @@ fn write_after_a_read_of_what_may_only_be_read_is_a_fault() -> Result<()> {
         );
         gate.open()?;
         ensure!(child.wait()? == Ended::Exited(0), "{backing:?}");
+    }
+    Ok(())
+}
+
+/// A child has the node from its parent: what is moved is the parent's, and what is told goes to the child.
+fn caller_that_is_not_the_mirrored_process_gets_the_bytes_itself() -> Result<()> {
+    for action in [Action::ToDevice, Action::Exclusive] {
+        let mirror = Mirror::open(0)?;
+        let region = written(16 * PAGE_SIZE, Backing::Small)?;
+        let buffer = Region::map(region.length(), Backing::Small)?;
+        // The GPU could write there.
+        mirror.call(Action::Read, region, buffer)?;
+        for index in 0..buffer.words() {
+            buffer.store(index, 7);
+        }
+        let child = fork(|| {
+            code((|| {
+                mirror.call(action, region, buffer)?;
+                oracle::check(buffer, SEED, 0)
+            })())
+        })?;
+        ensure!(child.wait()? == Ended::Exited(0), "{action:?}");
+        ensure!(
+            (0..buffer.words()).all(|index| buffer.load(index) == 7),
+            "{action:?}: the parent's memory was written for its child"
+        );
+        oracle::check(region, SEED, 0)?;
     }
     Ok(())
 }
