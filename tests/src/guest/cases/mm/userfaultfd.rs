@@ -42,6 +42,7 @@ group! { "mm::userfaultfd", gpus 1, seconds 120:
     write_protected_in_vram_by_range_lets_the_rest_be_written,
     write_protected_pages_that_move_stay_protected,
     job_on_a_page_nobody_serves_is_killed_and_others_go_on,
+    jobs_in_the_same_2_mib_fault_beside_a_page_nobody_serves,
     process_on_a_page_nobody_serves_is_killed,
     unregistered_while_a_job_waits_lets_it_go_on,
     pages_in_vram_moved_by_the_handler_keep_their_data,
@@ -407,6 +408,38 @@ fn job_on_a_page_nobody_serves_is_killed_and_others_go_on() -> Result<()> {
     ensure!(waits.is_err_and(|error| error == Errno::TIMEDOUT));
     call::kill(&gpu, stuck)?;
     ensure_status(&call::wait(&gpu, stuck, JOB_TIME)?, JobStatus::Killed)
+}
+
+/// Their faults and the one that waits are in one batch, each time that all fault again.
+fn jobs_in_the_same_2_mib_fault_beside_a_page_nobody_serves() -> Result<()> {
+    const HOLE: usize = 3;
+    for advice in ADVICE {
+        let gpu = Gpu::open_first()?;
+        let region = Region::map(HUGE_PAGE_SIZE, Backing::Small)?;
+        oracle::write(region, SEED);
+        gpu.advise(region.pages(), advice)?;
+        let userfault = Userfault::new()?;
+        page(region, HOLE).discard()?;
+        userfault.register(page(region, HOLE), MISSING)?;
+        let stuck = Job::sum(page(region, HOLE)).waves(2).submit(&gpu)?;
+        eventually("the handler is asked", || {
+            Ok(userfault.next(LOOK)?.is_some())
+        })?;
+        let first = HOLE + 1;
+        let rest = region.part(first * PAGE_SIZE, HUGE_PAGE_SIZE - first * PAGE_SIZE);
+        Job::add(rest, 1)
+            .waves(4)
+            .run(&gpu)
+            .with_context(|| format!("{advice:?}"))?;
+        let waits = call::wait(&gpu, stuck, Duration::ZERO);
+        ensure!(waits.is_err_and(|error| error == Errno::TIMEDOUT));
+        call::kill(&gpu, stuck)?;
+        ensure_status(&call::wait(&gpu, stuck, JOB_TIME)?, JobStatus::Killed)?;
+        oracle::check_part(rest, SEED, first * WORDS, 1).with_context(|| format!("{advice:?}"))?;
+        drop(userfault);
+        region.unmap()?;
+    }
+    Ok(())
 }
 
 fn process_on_a_page_nobody_serves_is_killed() -> Result<()> {
