@@ -320,6 +320,9 @@ fn pages_of_a_new_descriptor_stay_while_those_of_a_closed_one_go_home() -> Resul
             thread::sleep(Duration::from_millis(10));
             ensure_place(&gpu, little, Place::Vram)?;
             rounds += 1;
+            drop(gpu);
+            // The other may have the number next that this one had.
+            thread::sleep(Duration::from_millis(10));
         }
         Ok(())
     };
