@@ -353,15 +353,15 @@ fn calls_of_a_process_that_handles_signals_are_not_cut_short() -> Result<()> {
         0
     })?;
     let gpu = Gpu::open_first()?;
-    let regions = [Backing::Small, Backing::Huge].map(|backing| {
+    let mut regions = Vec::new();
+    for backing in [Backing::Small, Backing::Huge] {
         let region = Region::map(2 * HUGE_PAGE_SIZE, backing)?;
         oracle::write(region, SEED);
-        Ok::<_, anyhow::Error>(region)
-    });
+        regions.push(region);
+    }
     let mut rounds = 0;
     while Instant::now() < end || rounds < ROUNDS {
-        for region in &regions {
-            let region = *region.as_ref().map_err(|error| anyhow!("{error:#}"))?;
+        for &region in &regions {
             move_all(&gpu, region, Place::Vram)?;
             move_all(&gpu, region, Place::Ram)?;
             gpu.make_exclusive(region.part(0, HUGE_PAGE_SIZE / 2).pages())?;
