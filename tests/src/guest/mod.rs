@@ -34,6 +34,7 @@ mod place;
 pub mod programs;
 pub mod settings;
 pub mod stages;
+mod tunables;
 pub mod waiting;
 
 pub use machine::{DYING_LIMIT, Machine};

@@ -7,15 +7,13 @@ use crate::guest::{
     call::Job,
     oracle,
     place::{count, migrate},
+    tunables::huge_page_pool,
 };
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
 use farfault::{Gpu, HUGE_PAGE_SIZE, Place};
 use rustix::fs::{MemfdFlags, memfd_create};
-use std::{
-    fs::{self, File},
-    os::unix::fs::FileExt,
-};
+use std::{fs::File, os::unix::fs::FileExt};
 
 group! { "mappings", on Small, seconds 60:
     shared_anonymous_memory_is_used_where_it_is,
@@ -129,18 +127,12 @@ fn one_file_mapped_twice_has_one_content() -> Result<()> {
 }
 
 fn huge_page_of_the_pool_is_used_where_it_is() -> Result<()> {
-    const POOL: &str = "/proc/sys/vm/nr_hugepages";
-    let before = fs::read_to_string(POOL).context("the guest's kernel has no hugetlb")?;
-    fs::write(POOL, "2")?;
-    let result = (|| {
-        let gpu = Gpu::open_first()?;
-        let region = Region::map(2 * HUGE_PAGE_SIZE, Backing::HugeTlb)?;
-        oracle::write(region, SEED);
-        ensure_used_in_place(&gpu, region, SEED)?;
-        ensure_shared_atomics(&gpu, region)?;
-        drop(gpu);
-        Ok(region.unmap()?)
-    })();
-    fs::write(POOL, before.trim())?;
-    result
+    let _pool = huge_page_pool(2)?;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(2 * HUGE_PAGE_SIZE, Backing::HugeTlb)?;
+    oracle::write(region, SEED);
+    ensure_used_in_place(&gpu, region, SEED)?;
+    ensure_shared_atomics(&gpu, region)?;
+    drop(gpu);
+    Ok(region.unmap()?)
 }

@@ -3,7 +3,7 @@
 //! fails there, and the memory around it is as before. VRAM that fails is the host's doing, and is tested there.
 
 use super::start::{SEED, each_start, exercise, exercise_all, exercise_empty};
-use crate::guest::{call::Job, child::code, oracle, place::migrate};
+use crate::guest::{call::Job, child::code, oracle, place::migrate, tunables::huge_page_pool};
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
@@ -12,7 +12,6 @@ use farfault::{
     stage,
 };
 use rustix::process::Signal;
-use std::fs;
 
 group! { "mm::failed_ram", gpus 1, seconds 60:
     failed_page_fails_the_job_that_touches_it_and_no_other,
@@ -68,25 +67,19 @@ fn failed_page_fails_the_job_that_touches_it_and_no_other() -> Result<()> {
 }
 
 fn failed_page_of_the_huge_page_pool_fails_the_job_that_touches_it_and_no_other() -> Result<()> {
-    const POOL: &str = "/proc/sys/vm/nr_hugepages";
-    let before = fs::read_to_string(POOL).context("the guest's kernel has no hugetlb")?;
-    fs::write(POOL, "2")?;
-    let result = (|| {
-        let gpu = Gpu::open_first()?;
-        let region = Region::map(2 * HUGE_PAGE_SIZE, Backing::HugeTlb)?;
-        oracle::write(region, SEED);
-        Job::add(region, 0).waves(2).run(&gpu)?;
-        let sound = region.part(0, HUGE_PAGE_SIZE);
-        let page = region.part(HUGE_PAGE_SIZE + 300 * PAGE_SIZE, PAGE_SIZE);
-        fail(page)?;
-        ensure_failed(&gpu, page)?;
-        // The pool's page is one.
-        let other = region.part(HUGE_PAGE_SIZE, PAGE_SIZE);
-        Job::sum(other).fails_at(&gpu, other.address(), Access::Read)?;
-        exercise_all(&gpu, sound)?;
-        drop(gpu);
-        Ok(region.unmap()?)
-    })();
-    fs::write(POOL, before.trim())?;
-    result
+    let _pool = huge_page_pool(2)?;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(2 * HUGE_PAGE_SIZE, Backing::HugeTlb)?;
+    oracle::write(region, SEED);
+    Job::add(region, 0).waves(2).run(&gpu)?;
+    let sound = region.part(0, HUGE_PAGE_SIZE);
+    let page = region.part(HUGE_PAGE_SIZE + 300 * PAGE_SIZE, PAGE_SIZE);
+    fail(page)?;
+    ensure_failed(&gpu, page)?;
+    // The pool's page is one.
+    let other = region.part(HUGE_PAGE_SIZE, PAGE_SIZE);
+    Job::sum(other).fails_at(&gpu, other.address(), Access::Read)?;
+    exercise_all(&gpu, sound)?;
+    drop(gpu);
+    Ok(region.unmap()?)
 }

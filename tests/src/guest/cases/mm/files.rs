@@ -7,6 +7,7 @@ use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
     child::code,
     oracle, settings,
+    tunables::huge_page_pool,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -360,33 +361,8 @@ fn hole_punched_during_a_job_loses_nothing_outside() -> Result<()> {
     })
 }
 
-/// Huge pages of the pool for a case; the pool is as before when this is dropped.
-pub(super) struct Pool(String);
-
-impl Pool {
-    const PATH: &str = "/proc/sys/vm/nr_hugepages";
-
-    pub(super) fn of(pages: u32) -> Result<Self> {
-        let before = fs::read_to_string(Self::PATH).context("the kernel has no hugetlb")?;
-        fs::write(Self::PATH, pages.to_string())?;
-        let pool = Self(before);
-        let have: u32 = fs::read_to_string(Self::PATH)?.trim().parse()?;
-        ensure!(
-            have >= pages,
-            "the kernel found {have} huge pages for the pool"
-        );
-        Ok(pool)
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        let _ = fs::write(Self::PATH, self.0.trim());
-    }
-}
-
 fn hugetlbfs_file_written_by_the_gpu_keeps_it_without_the_mapping() -> Result<()> {
-    let _pool = Pool::of(4)?;
+    let _pool = huge_page_pool(4)?;
     let mounted = Mounted::new("hugetlbfs", "pagesize=2M")?;
     let file = mounted.file(2 * HUGE_PAGE_SIZE)?;
     let gpu = Gpu::open_first()?;
@@ -423,7 +399,7 @@ fn hugetlbfs_file_written_by_the_gpu_keeps_it_without_the_mapping() -> Result<()
 }
 
 fn hugetlbfs_file_truncated_during_a_job_ends_it() -> Result<()> {
-    let _pool = Pool::of(2)?;
+    let _pool = huge_page_pool(2)?;
     let mounted = Mounted::new("hugetlbfs", "pagesize=2M")?;
     let file = mounted.file(HUGE_PAGE_SIZE)?;
     let gpu = Gpu::open_first()?;
@@ -438,7 +414,7 @@ fn hugetlbfs_file_truncated_during_a_job_ends_it() -> Result<()> {
 
 /// Who discards waits for who faults, and the other way round.
 fn hugetlb_memory_discarded_while_the_gpu_faults_on_it_is_there_again() -> Result<()> {
-    let _pool = Pool::of(2)?;
+    let _pool = huge_page_pool(2)?;
     let gpu = Gpu::open_first()?;
     let region = Region::map(HUGE_PAGE_SIZE, Backing::HugeTlb)?;
     let fence = Job::atomic_add(region.address(), 1, u64::MAX).submit(&gpu)?;

@@ -9,6 +9,7 @@ use crate::guest::{
     call::Job,
     oracle,
     place::{ensure_place, move_all, state},
+    tunables::Tunables,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -89,41 +90,23 @@ fn collapse_during_jobs_that_write_loses_nothing() -> Result<()> {
 }
 
 /// khugepaged in a hurry, until this is dropped.
-struct Khugepaged(Vec<(&'static str, String)>);
-
-impl Khugepaged {
-    fn hurry() -> Result<Self> {
-        let settings = [
-            ("alloc_sleep_millisecs", "1"),
-            ("scan_sleep_millisecs", "1"),
-            ("pages_to_scan", "65536"),
-        ];
-        let mut before = Vec::new();
-        for (name, value) in settings {
-            let path = format!("{KHUGEPAGED}/{name}");
-            before.push((name, fs::read_to_string(&path).context(path.clone())?));
-            fs::write(path, value)?;
-        }
-        Ok(Self(before))
-    }
-
-    fn scans() -> Result<u64> {
-        Ok(fs::read_to_string(format!("{KHUGEPAGED}/full_scans"))?
-            .trim()
-            .parse()?)
-    }
+fn hurry() -> Result<Tunables> {
+    let settings = [
+        ("alloc_sleep_millisecs", "1"),
+        ("scan_sleep_millisecs", "1"),
+        ("pages_to_scan", "65536"),
+    ];
+    Tunables::set(KHUGEPAGED, &settings)
 }
 
-impl Drop for Khugepaged {
-    fn drop(&mut self) {
-        for (name, value) in &self.0 {
-            let _ = fs::write(format!("{KHUGEPAGED}/{name}"), value.trim());
-        }
-    }
+/// How often it has looked at everything.
+fn scans() -> Result<u64> {
+    let path = format!("{KHUGEPAGED}/full_scans");
+    Ok(fs::read_to_string(path)?.trim().parse()?)
 }
 
 fn khugepaged_collapses_mirrored_pages_under_the_gpu() -> Result<()> {
-    let _hurry = Khugepaged::hurry()?;
+    let _hurry = hurry()?;
     let gpu = Gpu::open_first()?;
     let region = small(At::Ram)?.region(&gpu, HUGE_PAGE_SIZE)?;
     let other = Region::map(HUGE_PAGE_SIZE, Backing::Small)?;
@@ -138,14 +121,15 @@ fn khugepaged_collapses_mirrored_pages_under_the_gpu() -> Result<()> {
 }
 
 fn khugepaged_leaves_pages_in_vram_alone() -> Result<()> {
-    let _hurry = Khugepaged::hurry()?;
+    let _hurry = hurry()?;
     let gpu = Gpu::open_first()?;
     let region = small(At::Vram)?.region(&gpu, HUGE_PAGE_SIZE)?;
     region.advise(Advice::HugePage)?;
-    let before = Khugepaged::scans()?;
-    eventually("khugepaged has looked at all", || {
-        Ok(Khugepaged::scans()? >= before + 3)
-    })?;
+    let before = scans()?;
+    eventually(
+        "khugepaged has looked at all",
+        || Ok(scans()? >= before + 3),
+    )?;
     ensure_place(&gpu, region, Place::Vram)?;
     exercise_all(&gpu, region)?;
     oracle::write(region, SEED);
@@ -166,7 +150,7 @@ fn few_in_vram_are_collapsed(mut meanwhile: impl FnMut(&Gpu, Region) -> Result<u
     for number in (0..pages).step_by(EVERY) {
         move_all(&gpu, page(number), Place::Vram)?;
     }
-    let _hurry = Khugepaged::hurry()?;
+    let _hurry = hurry()?;
     region.advise(Advice::HugePage)?;
     let mut added = 0u64;
     eventually("khugepaged collapses the pages", || {

@@ -2,7 +2,7 @@
 //! KSM: ksmd merges pages of equal content into one that is read-only, also such as the GPU has mapped.
 
 use super::start::{At, SEED, STARTS, ensure_agreement, eventually};
-use crate::guest::{call::Job, oracle, place::migrate};
+use crate::guest::{call::Job, oracle, place::migrate, tunables::Tunables};
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{Advice as GpuAdvice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, stage::Advice};
@@ -21,7 +21,9 @@ const PAGES: usize = 64;
 const WORDS: usize = PAGE_SIZE / 8;
 
 /// ksmd at work, until this is dropped.
-struct Ksmd;
+struct Ksmd {
+    _tunables: Tunables,
+}
 
 impl Ksmd {
     fn start() -> Result<Self> {
@@ -31,11 +33,9 @@ impl Ksmd {
             ("pages_to_scan", "4096"),
             ("run", "1"),
         ];
-        for (name, value) in settings {
-            let path = format!("{KSM}/{name}");
-            fs::write(&path, value).context(path)?;
-        }
-        Ok(Self)
+        Ok(Self {
+            _tunables: Tunables::set(KSM, &settings)?,
+        })
     }
 
     fn scans() -> Result<u64> {
@@ -55,10 +55,8 @@ impl Ksmd {
 
 impl Drop for Ksmd {
     fn drop(&mut self) {
-        // 2 parts all pages again. Who comes after sees a kernel as it was.
-        for value in ["2", "0"] {
-            let _ = fs::write(format!("{KSM}/run"), value);
-        }
+        // All pages are parted again.
+        let _ = fs::write(format!("{KSM}/run"), "2");
     }
 }
 

@@ -3,13 +3,13 @@
 //! ends.
 
 use super::{
-    files::Pool,
     start::{At, STARTS, each_start, ensure_sum, exercise, exercise_all},
     userfault::{MISSING, Userfault, WRITE_PROTECT},
 };
 use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
     place::state,
+    tunables::huge_page_pool,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
@@ -155,7 +155,7 @@ fn read_only_memory_of_every_kind_fails_gpu_writes() -> Result<()> {
     let gpu = Gpu::open_first()?;
     let file = File::from(memfd_create("read-only", MemfdFlags::CLOEXEC)?);
     file.set_len(HUGE_PAGE_SIZE as u64)?;
-    let _pool = Pool::of(2)?;
+    let _pool = huge_page_pool(2)?;
     let kinds = [
         Backing::HugeTlb,
         Backing::Shared,

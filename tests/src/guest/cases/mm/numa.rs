@@ -14,15 +14,13 @@ use crate::guest::{
     call::Job,
     oracle,
     place::{ensure_place, migrate, move_all},
+    tunables::Tunables,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, numa::move_all_pages};
 use rustix::thread::{CpuSet, sched_setaffinity};
-use std::{
-    fs,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 group! { "mm::numa", on Numa, seconds 120:
     move_pages_of_mirrored_pages_is_followed_by_the_gpu,
@@ -52,7 +50,7 @@ fn on_all_cpus() -> Result<()> {
 
 /// On 2 MiB of mirrored pages, first on node 0.
 fn each_mirrored(case: impl Fn(&Gpu, Region) -> Result<()>) -> Result<()> {
-    let _balancing = Balancing::off()?;
+    let _balancing = balancing_off()?;
     for start in MIRRORED {
         let gpu = Gpu::open_first()?;
         let region = start.region(&gpu, HUGE_PAGE_SIZE)?;
@@ -171,7 +169,7 @@ fn pages_in_vram_are_not_moved_between_nodes() -> Result<()> {
 }
 
 fn pages_come_home_to_the_node_of_their_policy() -> Result<()> {
-    let _balancing = Balancing::off()?;
+    let _balancing = balancing_off()?;
     for start in in_vram() {
         for node in [0u32, 1] {
             let gpu = Gpu::open_first()?;
@@ -205,7 +203,7 @@ fn pages_come_home_to_the_node_of_their_policy() -> Result<()> {
 }
 
 fn pages_come_home_to_the_node_of_the_cpu_that_touches_them() -> Result<()> {
-    let _balancing = Balancing::off()?;
+    let _balancing = balancing_off()?;
     for start in in_vram() {
         for node in [1u32, 0] {
             let gpu = Gpu::open_first()?;
@@ -221,43 +219,25 @@ fn pages_come_home_to_the_node_of_the_cpu_that_touches_them() -> Result<()> {
     Ok(())
 }
 
-/// How the kernel watches where tasks use their memory, until this is dropped.
-struct Balancing(Vec<(String, String)>);
+const BALANCING: &str = "/proc/sys/kernel/numa_balancing";
 
-impl Balancing {
-    const ON: &str = "/proc/sys/kernel/numa_balancing";
-
-    fn often() -> Result<Self> {
-        const FOLDER: &str = "/sys/kernel/debug/sched/numa_balancing";
-        let mut settings = Self(Vec::new());
-        settings.set(&format!("{FOLDER}/scan_delay_ms"), "1")?;
-        settings.set(&format!("{FOLDER}/scan_period_min_ms"), "5")?;
-        settings.set(&format!("{FOLDER}/scan_period_max_ms"), "20")?;
-        settings.set(Self::ON, "1")?;
-        Ok(settings)
-    }
-
-    /// Pages stay on their nodes, unless they are asked to move.
-    fn off() -> Result<Self> {
-        let mut settings = Self(Vec::new());
-        settings.set(Self::ON, "0")?;
-        Ok(settings)
-    }
-
-    fn set(&mut self, name: &str, value: &str) -> Result<()> {
-        let old = fs::read_to_string(name).with_context(|| name.to_owned())?;
-        fs::write(name, value).with_context(|| name.to_owned())?;
-        self.0.push((name.to_owned(), old.trim().to_owned()));
-        Ok(())
-    }
+/// The kernel watches all the time where tasks use their memory, until this is dropped.
+fn balancing_often() -> Result<Tunables> {
+    let settings = [
+        ("scan_delay_ms", "1"),
+        ("scan_period_min_ms", "5"),
+        ("scan_period_max_ms", "20"),
+    ];
+    let mut tunables = Tunables::set("/sys/kernel/debug/sched/numa_balancing", &settings)?;
+    tunables.also(BALANCING, "1")?;
+    Ok(tunables)
 }
 
-impl Drop for Balancing {
-    fn drop(&mut self) {
-        for (name, value) in &self.0 {
-            let _ = fs::write(name, value);
-        }
-    }
+/// Pages stay on their nodes, unless they are asked to move.
+fn balancing_off() -> Result<Tunables> {
+    let mut tunables = Tunables::default();
+    tunables.also(BALANCING, "0")?;
+    Ok(tunables)
 }
 
 /// Works, for so long.
@@ -270,7 +250,7 @@ fn spin(time: Duration) {
 
 fn hinting_faults_on_mirrored_pages_are_served_for_cpu_and_gpu() -> Result<()> {
     for by_gpu in [true, false] {
-        let balancing = Balancing::often()?;
+        let balancing = balancing_often()?;
         let start = MIRRORED[0];
         let gpu = Gpu::open_first()?;
         let region = start.region(&gpu, HUGE_PAGE_SIZE)?;
@@ -313,7 +293,7 @@ fn hinting_faults_on_mirrored_pages_are_served_for_cpu_and_gpu() -> Result<()> {
 /// huge pages, which have no page in RAM or go to VRAM in the next moment.
 fn hinting_faults_beside_pages_in_vram_lose_nothing() -> Result<()> {
     const ROUNDS: u64 = 6;
-    let balancing = Balancing::often()?;
+    let balancing = balancing_often()?;
     on_cpu(0)?;
     let looks = || vmstat("numa_pte_updates");
     let before = looks()?;
