@@ -2,8 +2,8 @@
 //! `madvise`: what it promises for memory in RAM holds for memory that the GPU has, too.
 
 use super::start::{
-    SEED, each_start, ensure_agreement, ensure_sum, ensure_words, exercise, exercise_all,
-    exercise_empty,
+    At, SEED, STARTS, each_start, ensure_agreement, ensure_sum, ensure_words, exercise,
+    exercise_all, exercise_empty,
 };
 use crate::guest::{call::Job, child::code, oracle};
 use anyhow::{Context, Result, ensure};
@@ -19,6 +19,7 @@ group! { "mm::madvise", gpus 1, seconds 60:
     dontneed_of_part_leaves_the_rest,
     dontneed_of_a_thousand_scattered_pages_leaves_the_gpu_none,
     free_leaves_old_data_or_zeros_the_same_for_cpu_and_gpu,
+    free_then_only_read_by_the_gpu_goes,
     free_then_written_by_the_gpu_is_kept,
     free_then_written_by_the_gpu_in_vram_is_kept_in_ram,
     cold_and_pageout_keep_the_data,
@@ -111,6 +112,26 @@ fn free_leaves_old_data_or_zeros_the_same_for_cpu_and_gpu() -> Result<()> {
         oracle::write(region, SEED);
         exercise_all(gpu, region)
     })
+}
+
+/// A read makes nothing dirty. This also shows that the kernel does take such memory when it is asked to,
+/// so that the next cases prove something.
+fn free_then_only_read_by_the_gpu_goes() -> Result<()> {
+    for start in STARTS.into_iter().filter(|start| start.at == At::Ram) {
+        let gpu = Gpu::open_first()?;
+        let region = start.region(&gpu, 2 * HUGE_PAGE_SIZE)?;
+        region.advise(Advice::Free)?;
+        Job::sum(region).waves(2).run(&gpu)?;
+        region.advise(Advice::PageOut)?;
+        let words = PAGE_SIZE / 8;
+        let pages = 0..region.pages().count();
+        let gone = pages.filter(|page| region.load(page * words) == 0).count();
+        // Those freed last may wait in the list of a CPU.
+        ensure!(gone > 256, "{start:?}: {gone} pages are gone");
+        ensure_agreement(&gpu, region)?;
+        region.unmap()?;
+    }
+    Ok(())
 }
 
 fn free_then_written_by_the_gpu_is_kept() -> Result<()> {

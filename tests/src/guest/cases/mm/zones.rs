@@ -55,10 +55,8 @@ pub(super) fn pin_out_of(
     exercise(gpu, region, 0, 2)
 }
 
-fn longterm_pin_takes_pages_that_the_gpu_had_out_of_the_movable_zone() -> Result<()> {
-    if !io_uring() {
-        return Ok(());
-    }
+/// As [`each_start`], with what is in RAM in the movable zone.
+fn each_movable_start(check: impl Fn(&Gpu, Region) -> Result<()>) -> Result<()> {
     // The first node's movable memory has what the machine was booted with.
     on_cpu(1)?;
     each_start(|gpu, region| {
@@ -66,15 +64,22 @@ fn longterm_pin_takes_pages_that_the_gpu_had_out_of_the_movable_zone() -> Result
         let movable = count_movable(region)?;
         // What is private memory is taken from there first.
         ensure!(movable == in_ram, "{movable} of {in_ram} pages are movable");
-        pin_out_of(gpu, region, count_movable)
+        check(gpu, region)
     })
+}
+
+fn longterm_pin_takes_pages_that_the_gpu_had_out_of_the_movable_zone() -> Result<()> {
+    if !io_uring() {
+        return Ok(());
+    }
+    each_movable_start(|gpu, region| pin_out_of(gpu, region, count_movable))
 }
 
 fn gup_test_longterm_pin_takes_pages_that_the_gpu_had_out_of_the_movable_zone() -> Result<()> {
     let Some(gup) = GupTest::open()? else {
         return Ok(());
     };
-    each_start(|gpu, region| {
+    each_movable_start(|gpu, region| {
         gup.pin_longterm(region)?;
         ensure_place(gpu, region, Place::Ram)?;
         ensure!(count_movable(region)? == 0);
