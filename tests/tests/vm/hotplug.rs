@@ -137,6 +137,8 @@ fn vm_reset_with_pages_resident_leaves_a_device_that_works(
     machines: &Machines,
 ) -> Result<()> {
     let _process = start(vm, machines, HOLD_OPEN, READY)?;
+    let _faults = start(vm, machines, FAULT_FOR_EVER, READY)?;
+    let _evictions = start(vm, machines, EVICT_FOR_EVER, READY)?;
     vm.reset()?;
     works(vm, machines)
 }
