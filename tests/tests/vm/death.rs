@@ -315,7 +315,7 @@ fn eviction_passes_by(vm: &mut Vm, machines: &Machines) -> Result<()> {
 /// With its pages in VRAM, until their process has ended; then for good.
 fn module_unloads(vm: &mut Vm, machines: &Machines) -> Result<()> {
     lost_at(vm, machines, End::Killed, Stage::MigrationHome)?;
-    let line = "rmmod farfault; ! test -e /dev/farfault0";
+    let line = "rmmod farfault; test ! -e /dev/farfault0";
     shell(vm, machines, line, COMMAND)?.expect_success()?;
     Ok(())
 }

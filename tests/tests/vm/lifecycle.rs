@@ -123,7 +123,7 @@ fn rmmod_after_the_last_close_leaves_all_data(vm: &mut Vm, machines: &Machines) 
     succeeds(
         vm,
         machines,
-        "rmmod farfault; ! test -e /dev/farfault0",
+        "rmmod farfault; test ! -e /dev/farfault0",
         COMMAND,
     )?;
     let output = go_on(process, machines, COMMAND)?;
@@ -142,7 +142,7 @@ fn rmmod_while_pages_come_home_in_every_way_leaves_all_data(
     let line = format!(
         "for round in $(seq 5); do \
            while ! rmmod farfault 2>/dev/null; do :; done; \
-           ! test -e /dev/farfault0; \
+           test ! -e /dev/farfault0; \
            insmod {MODULE}; test -c /dev/farfault0; \
            sleep 0.2; \
          done"
@@ -202,7 +202,7 @@ fn unbind_and_bind_50_times_works(vm: &mut Vm, machines: &Machines) -> Result<()
     let line = format!(
         "cd /sys/bus/virtio/drivers/farfault; gpu=$(echo virtio*); \
          for round in $(seq 50); do \
-           echo $gpu > unbind; ! test -e /dev/farfault0; \
+           echo $gpu > unbind; test ! -e /dev/farfault0; \
            echo $gpu > bind; test -c /dev/farfault0; \
            test $((round % 10)) != 0 || {} smoke::ping_is_answered; \
          done",
@@ -215,7 +215,7 @@ fn unbind_and_bind_50_times_works(vm: &mut Vm, machines: &Machines) -> Result<()
 fn module_loaded_and_unloaded_50_times_works(vm: &mut Vm, machines: &Machines) -> Result<()> {
     let line = format!(
         "for round in $(seq 50); do \
-           rmmod farfault; ! test -e /dev/farfault0; \
+           rmmod farfault; test ! -e /dev/farfault0; \
            insmod {MODULE}; test -c /dev/farfault0; \
            test $((round % 10)) != 0 || {} smoke::ping_is_answered; \
          done",

@@ -5,6 +5,7 @@ use super::{
     HostCase,
     inside::{command, go_on, guest, shell, start},
     machines::{After, Machines},
+    sleep::rehearsal,
 };
 use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
@@ -75,14 +76,11 @@ fn poison(vm: &mut Vm, pages: &[u64]) -> Result<()> {
     Ok(())
 }
 
-/// All of VRAM goes round in a case: a page that had failed would end a job, or a migration.
-fn ensure_rest_is_sound(
-    vm: &mut Vm,
-    machines: &Machines,
-    case: &str,
-    retired_pages: usize,
-) -> Result<()> {
-    guest(vm, machines, &[case], LONG)?;
+/// A case that uses all of VRAM, as huge and as small pages: a page that has failed would end a migration.
+const ALL_OF_VRAM: &str = "eviction::request_for_more_than_vram_moves_what_fits";
+
+fn ensure_rest_is_sound(vm: &mut Vm, machines: &Machines, retired_pages: usize) -> Result<()> {
+    guest(vm, machines, &[ALL_OF_VRAM], LONG)?;
     ensure!(retired(vm, machines)? == retired_pages);
     Ok(())
 }
@@ -111,22 +109,20 @@ fn poisoned_page_kills_only_its_users_and_is_not_used_again(
     machines: &Machines,
 ) -> Result<()> {
     bind_again(vm, machines)?;
-    // Their users meet them first.
+    // The processes that have the failed pages touch them before anybody else does.
     let (process, pages) = lose_memory(vm, machines)?;
     let output = go_on(process, machines, LONG)?;
     ensure!(output.stdout_text().contains(DONE));
     wait_for_retired(vm, machines, pages.len())?;
     bind_again(vm, machines)?;
-    // Others do.
+    // The machine's sleep and the evictions of others do.
     let (process, mut pages) = lose_memory(vm, machines)?;
     let bystander = start(vm, machines, HOLD_OPEN, READY)?;
     // As they cannot go home, the machine cannot sleep, and all goes on.
-    let sleep = "echo devices > /sys/power/pm_test; ! echo mem > /sys/power/state; \
-                 echo none > /sys/power/pm_test";
-    shell(vm, machines, sleep, COMMAND)?.expect_success()?;
+    let slept = shell(vm, machines, &rehearsal("devices"), COMMAND)?;
+    ensure!(!slept.success(), "the machine slept: {slept:?}");
     // Nor can they make room, and others have to.
-    let case = "eviction::small_pages_of_twice_the_vram_make_the_round_trip";
-    guest(vm, machines, &[case], LONG)?;
+    guest(vm, machines, &[ALL_OF_VRAM], LONG)?;
     for process in [process, bystander] {
         let output = go_on(process, machines, LONG)?;
         ensure!(output.stdout_text().contains(DONE));
@@ -137,7 +133,7 @@ fn poisoned_page_kills_only_its_users_and_is_not_used_again(
     poison(vm, &nobodys)?;
     pages.extend(nobodys);
     wait_for_retired(vm, machines, pages.len())?;
-    ensure_rest_is_sound(vm, machines, case, pages.len())?;
+    ensure_rest_is_sound(vm, machines, pages.len())?;
     bind_again(vm, machines)
 }
 
@@ -171,7 +167,6 @@ fn pages_poisoned_under_load_are_not_used_again(vm: &mut Vm, machines: &Machines
     let output = go_on(bystander, machines, COMMAND)?;
     ensure!(output.stdout_text().contains(DONE));
     wait_for_retired(vm, machines, pages.len())?;
-    let case = "eviction::request_for_more_than_vram_moves_what_fits";
-    ensure_rest_is_sound(vm, machines, case, pages.len())?;
+    ensure_rest_is_sound(vm, machines, pages.len())?;
     bind_again(vm, machines)
 }
