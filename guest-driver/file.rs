@@ -118,7 +118,7 @@ impl OpenFile {
             .submit(submit.kernel, submit.waves, submit.arguments)?;
         let written = write_to_user(arg, &submit);
         if written.is_err() {
-            // Nobody knows the job's name: it shall not run on. It is collected with the file.
+            // Nobody knows the job's name: it shall not run on. A WAIT for any job collects it, or the close.
             let _ = self.space.kill(submit.fence);
         }
         written

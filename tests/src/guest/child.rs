@@ -9,8 +9,14 @@ use farfault::{
 use rustix::{io, pipe::pipe, process::Signal};
 use std::os::fd::OwnedFd;
 
-/// `BUS_ADRERR`: nothing is there.
-const NOTHING_THERE: i32 = 2;
+/// Why the kernel sends SIGBUS.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Bus {
+    /// `BUS_ADRERR`: nothing is there.
+    Nothing = 2,
+    /// `BUS_MCEERR_AR`: the memory has failed.
+    Failed = 4,
+}
 
 /// Where a child and its parent wait for each other. It is theirs if it was made before the fork.
 pub(crate) struct Gate {
@@ -48,8 +54,13 @@ pub(crate) fn code(result: Result<()>) -> u8 {
     }
 }
 
-/// A child that does this is sent SIGBUS with this address, and ends by it.
+/// A child that does this is sent SIGBUS with this address, as nothing is there, and ends by it.
 pub(crate) fn ensure_sigbus(address: u64, touch: impl FnOnce()) -> Result<()> {
+    ensure_sigbus_for(Bus::Nothing, address, touch)
+}
+
+/// As [`ensure_sigbus`], for another reason.
+pub(crate) fn ensure_sigbus_for(why: Bus, address: u64, touch: impl FnOnce()) -> Result<()> {
     let (from_parent, to_child) = pipe()?;
     let child = fork(|| {
         let told = io::read(&from_parent, &mut [0u8]).is_ok();
@@ -63,7 +74,7 @@ pub(crate) fn ensure_sigbus(address: u64, touch: impl FnOnce()) -> Result<()> {
     let sent = traced.until_signal().context("a child that touches")?;
     let expected = Signaled {
         signal: Signal::BUS.as_raw(),
-        code: NOTHING_THERE,
+        code: why as i32,
         address,
     };
     ensure!(sent == expected, "{sent:x?} instead of {expected:x?}");

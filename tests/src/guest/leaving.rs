@@ -6,7 +6,7 @@ use super::{
     Program,
     child::code,
     oracle,
-    place::migrate,
+    place::move_all,
     programs::{DONE, READY, SEED, has_line, say, written},
 };
 use anyhow::{Result, ensure};
@@ -49,7 +49,7 @@ fn leave(gpu: Gpu) -> Result<()> {
     let mut regions = Vec::new();
     for backing in [Backing::Huge, Backing::Small] {
         let region = written(HUGE_PAGE_SIZE, backing)?;
-        migrate(&gpu, region, Place::Vram)?;
+        move_all(&gpu, region, Place::Vram)?;
         regions.push(region);
     }
     let gpu = RefCell::new(Some(gpu));

@@ -43,7 +43,7 @@ pub(super) const EXIT_WITH_PAGES: &str = "exit-with-pages";
 pub(super) const EXIT_WITH_JOB: &str = "exit-with-job";
 /// Moves pages to VRAM and executes another program.
 pub(super) const EXEC_WITH_PAGES: &str = "exec-with-pages";
-/// GPU and CPU take pages from each other. As the three below, it says [`READY`] after its first round, and
+/// GPU and CPU take pages from each other. As the three below, it says [`READY`] when it is at work, and
 /// ends with the error that the GPU gave it, after [`DATA_RIGHT`].
 pub const FAULT_FOR_EVER: &str = "fault-for-ever";
 /// Moves pages to VRAM and back.

@@ -31,7 +31,9 @@ impl Tunables {
 impl Drop for Tunables {
     fn drop(&mut self) {
         for (path, value) in self.0.iter().rev() {
-            let _ = fs::write(path, value);
+            if let Err(error) = fs::write(path, value) {
+                eprintln!("{path} is not {value} again: {error}");
+            }
         }
     }
 }

@@ -18,7 +18,7 @@ use farfault_tests::guest::{
     DYING_LIMIT, Machine,
     programs::{DONE, HOLD_OPEN, READY},
     stages::{ACTING, AT_STAGE, FINE, HOLD_RAM, LOST, Stage, WAIT_FOR_SECOND},
-    waiting::WAIT_IN_PAIRS,
+    waiting::{ROUNDS, WAIT_IN_PAIRS},
 };
 use std::{
     thread,
@@ -236,11 +236,16 @@ fn slow(vm: &mut Vm, machines: &Machines) -> Result<()> {
     let console = vm.console()?.len();
     let process = vm.spawn(&command(machines, &[WAIT_IN_PAIRS, &gpu.to_string()]))?;
     process.wait_for(READY, machines.limit(COMMAND))?;
-    let end = Instant::now() + machines.limit(Duration::from_secs(5));
+    let end = Instant::now() + machines.limit(COMMAND);
     for works in WORKS_MICROSECONDS.into_iter().cycle() {
-        if Instant::now() >= end {
+        if process.stdout_so_far().contains(ROUNDS) {
             break;
         }
+        ensure!(
+            Instant::now() < end,
+            "the rounds took too long: {}",
+            process.stdout_so_far()
+        );
         vm.stop_device(gpu)?;
         thread::sleep(STANDS);
         vm.continue_device(gpu)?;

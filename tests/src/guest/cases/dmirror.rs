@@ -123,7 +123,7 @@ fn write_after_a_read_of_what_may_only_be_read_is_a_fault() -> Result<()> {
         }
         ensure!(
             (0..other.words()).all(|index| other.load(index) == 0),
-            "{backing:?}: all that is empty was written"
+            "{backing:?}: the zero page was written"
         );
         gate.open()?;
         ensure!(child.wait()? == Ended::Exited(0), "{backing:?}");

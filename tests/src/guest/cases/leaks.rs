@@ -35,13 +35,15 @@ const LEFT_PER_ROUND: f64 = 0.8;
 const SERIES: usize = 3;
 /// Kinds of objects that a reference of a driver keeps, by the begins of their names. Others come and go with files,
 /// and with whoever looks at this.
-const KINDS: [&str; 6] = [
+const KINDS: [&str; 8] = [
     "kmalloc",
     "mm_struct",
     "task_struct",
     "anon_vma",
     "vm_area",
     "files_",
+    "filp",
+    "pid",
 ];
 
 /// What the kernel has in use.
@@ -70,12 +72,15 @@ impl Books {
             let mut words = line.split_whitespace();
             Some((words.next()?.to_owned(), words.next()?.parse().ok()?))
         });
+        let kinds: BTreeMap<String, u64> = kinds
+            .filter(|(kind, _): &(String, u64)| KINDS.iter().any(|begin| kind.starts_with(begin)))
+            .collect();
+        for begin in KINDS {
+            let any = kinds.keys().any(|kind| kind.starts_with(begin));
+            ensure!(any, "the kernel counts no objects of {begin}");
+        }
         Ok(Self {
-            kinds: kinds
-                .filter(|(kind, _): &(String, u64)| {
-                    KINDS.iter().any(|begin| kind.starts_with(begin))
-                })
-                .collect(),
+            kinds,
             free: free_pages()?,
             anonymous: anonymous()?,
             objects: meminfo("SUnreclaim")?,

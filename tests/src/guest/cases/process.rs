@@ -5,6 +5,7 @@
 use crate::guest::{
     VRAM,
     call::{self, Job},
+    cases::mm::start::eventually,
     oracle,
     place::{ensure_place, move_all},
     programs,
@@ -65,7 +66,7 @@ fn start(program: &str) -> Result<std::process::Child> {
     Ok(command.spawn()?)
 }
 
-/// Waits until a program says its first word, which is that it has done its first round.
+/// Waits until a program says its first word, which is that it is at work.
 fn wait_until_at_work(child: &std::process::Child) -> Result<()> {
     let stdout = child.stdout.as_ref().context("it has no standard output")?;
     let mut descriptors = [PollFd::new(stdout, PollFlags::IN)];
@@ -306,9 +307,12 @@ fn pages_of_a_new_descriptor_stay_while_those_of_a_closed_one_go_home() -> Resul
     let end = Instant::now() + TIME;
     let stop = AtomicBool::new(false);
     let closes = || -> Result<()> {
-        while !stop.load(Ordering::Relaxed) {
+        let mut closed = 0;
+        while !stop.load(Ordering::Relaxed) || closed < ROUNDS {
             let gpu = Gpu::open_first()?;
             move_all(&gpu, much, Place::Vram)?;
+            drop(gpu);
+            closed += 1;
         }
         Ok(())
     };
@@ -359,17 +363,20 @@ fn calls_of_a_process_that_handles_signals_are_not_cut_short() -> Result<()> {
         oracle::write(region, SEED);
         regions.push(region);
     }
+    eventually("signals come", || Ok(handled.load(Ordering::Relaxed)))?;
     let mut rounds = 0;
     while Instant::now() < end || rounds < ROUNDS {
+        handled.store(false, Ordering::Relaxed);
         for &region in &regions {
             move_all(&gpu, region, Place::Vram)?;
             move_all(&gpu, region, Place::Ram)?;
             gpu.make_exclusive(region.part(0, HUGE_PAGE_SIZE / 2).pages())?;
             oracle::check(region, SEED, 0)?;
         }
+        let came = handled.load(Ordering::Relaxed);
+        ensure!(came, "round {rounds}: no signal came");
         rounds += 1;
     }
     drop(other);
-    ensure!(handled.load(Ordering::Relaxed), "no signal came");
     Ok(())
 }

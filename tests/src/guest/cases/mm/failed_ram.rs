@@ -3,7 +3,13 @@
 //! fails there, and the memory around it is as before. VRAM that fails is the host's doing, and is tested there.
 
 use super::start::{SEED, each_start, exercise, exercise_all, exercise_empty};
-use crate::guest::{call::Job, child::code, oracle, place::migrate, tunables::huge_page_pool};
+use crate::guest::{
+    call::Job,
+    child::{Bus, code, ensure_sigbus_for},
+    oracle,
+    place::migrate,
+    tunables::huge_page_pool,
+};
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
@@ -37,7 +43,8 @@ fn ensure_failed(gpu: &Gpu, page: Region) -> Result<()> {
     let at = page.address();
     Job::sum(page).fails_at(gpu, at, Access::Read)?;
     Job::fill(page, 3).fails_at(gpu, at, Access::Write)?;
-    Job::atomic_add(at, 1, 1).fails_at(gpu, at, Access::Atomic)
+    Job::atomic_add(at, 1, 1).fails_at(gpu, at, Access::Atomic)?;
+    ensure_sigbus_for(Bus::Failed, at, || page.store(0, 1))
 }
 
 fn failed_page_fails_the_job_that_touches_it_and_no_other() -> Result<()> {

@@ -151,9 +151,9 @@ fn free_then_written_by_the_gpu_is_kept() -> Result<()> {
         // And where a read has mapped them before. What it reads is what was there, or nothing.
         region.advise(Advice::Free)?;
         Job::sum(region).waves(2).run(gpu)?;
-        Job::fill(region, 8).waves(2).run(gpu)?;
+        Job::fill(region, 9).waves(2).run(gpu)?;
         region.advise(Advice::PageOut)?;
-        ensure_words(region, 8)?;
+        ensure_words(region, 9)?;
         ensure_agreement(gpu, region)
     })
 }

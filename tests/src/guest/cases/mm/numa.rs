@@ -5,7 +5,7 @@
 use super::{
     frames::count_on_node,
     start::{
-        At, SEED, STARTS, Start, ensure_sum, eventually, exercise, exercise_all, while_adding,
+        At, SEED, STARTS, Start, ensure_sum, eventually, exercise, exercise_all, spin, while_adding,
     },
     storage::vmstat,
     swap::MIRRORED,
@@ -20,7 +20,7 @@ use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, numa::move_all_pages};
 use rustix::thread::{CpuSet, sched_setaffinity};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 group! { "mm::numa", on Numa, seconds 120:
     move_pages_of_mirrored_pages_is_followed_by_the_gpu,
@@ -240,14 +240,6 @@ fn balancing_off() -> Result<Tunables> {
     Ok(tunables)
 }
 
-/// Works, for so long.
-fn spin(time: Duration) {
-    let begin = Instant::now();
-    while begin.elapsed() < time {
-        std::hint::spin_loop();
-    }
-}
-
 fn hinting_faults_on_mirrored_pages_are_served_for_cpu_and_gpu() -> Result<()> {
     for by_gpu in [true, false] {
         let balancing = balancing_often()?;
@@ -293,14 +285,17 @@ fn hinting_faults_on_mirrored_pages_are_served_for_cpu_and_gpu() -> Result<()> {
 /// huge pages, which have no page in RAM or go to VRAM in the next moment.
 fn hinting_faults_beside_pages_in_vram_lose_nothing() -> Result<()> {
     const ROUNDS: u64 = 6;
+    const MOST_ROUNDS: u64 = 100;
     let balancing = balancing_often()?;
     on_cpu(0)?;
-    let looks = || vmstat("numa_pte_updates");
-    let before = looks()?;
     for start in STARTS {
+        let looks = || vmstat("numa_pte_updates");
+        let before = looks()?;
         let gpu = Gpu::open_first()?;
         let region = start.region(&gpu, 2 * HUGE_PAGE_SIZE)?;
-        for round in 0..ROUNDS {
+        let mut round = 0;
+        while round < ROUNDS || looks()? == before {
+            ensure!(round < MOST_ROUNDS, "{start:?}: the kernel never looked");
             while_adding(&gpu, region, || {
                 let place = if round % 2 == 0 {
                     Place::Ram
@@ -314,12 +309,12 @@ fn hinting_faults_beside_pages_in_vram_lose_nothing() -> Result<()> {
             })?;
             oracle::check_part(region.part(0, PAGE_SIZE), SEED, 0, round + 1)
                 .with_context(|| format!("{start:?}"))?;
+            round += 1;
         }
-        oracle::check(region, SEED, ROUNDS).with_context(|| format!("{start:?}"))?;
-        exercise(&gpu, region, 0, ROUNDS).with_context(|| format!("{start:?}"))?;
+        oracle::check(region, SEED, round).with_context(|| format!("{start:?}"))?;
+        exercise(&gpu, region, 0, round).with_context(|| format!("{start:?}"))?;
         region.unmap()?;
     }
-    ensure!(looks()? > before, "the kernel never looked");
     drop(balancing);
     on_all_cpus()
 }

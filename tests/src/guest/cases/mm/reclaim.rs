@@ -5,7 +5,7 @@
 use super::{
     cgroup::Cgroup,
     start::{At, SEED, Start, ensure_sum, eventually, exercise},
-    storage::{EACH_SWAP, Swap, SwapOn, swapped, vmstat},
+    storage::{EACH_SWAP, Swap, SwapOn, swapped, swapped_out, vmstat},
     swap::{MIRRORED, each_swap},
 };
 use crate::guest::{
@@ -58,14 +58,14 @@ fn ensure_well(child: Child) -> Result<()> {
 fn pages_swapped_out_under_running_jobs_lose_nothing() -> Result<()> {
     each_swap(&MIRRORED, |gpu, region, _| {
         let parts = EACH_SWAP.len() * MIRRORED.len();
-        let (end, before) = (time(parts), vmstat("pswpout")?);
+        let (end, before) = (time(parts), swapped_out()?);
         let mut added = 0;
         while added < 2 || Instant::now() < end {
             super::start::while_adding(gpu, region, || Ok(region.advise(stage::Advice::PageOut)?))?;
             added += 1;
             ensure_sum(gpu, region, 0, added)?;
         }
-        ensure!(vmstat("pswpout")? > before, "nothing was swapped");
+        ensure!(swapped_out()? > before, "nothing was swapped");
         exercise(gpu, region, 0, added)
     })
 }
@@ -188,7 +188,7 @@ fn jobs_at_the_groups_limit_with_a_process_that_wants_more_get_on() -> Result<()
     const LIMIT: usize = 24 << 20;
     let _swap = Swap::on(SwapOn::Disk)?;
     let cgroup = Cgroup::new("pressure")?;
-    let before = vmstat("pswpout")?;
+    let before = swapped_out()?;
     let begun = Gate::new()?;
     let worker = in_group(&cgroup, || {
         let gpu = Gpu::open_first()?;
@@ -227,7 +227,7 @@ fn jobs_at_the_groups_limit_with_a_process_that_wants_more_get_on() -> Result<()
     })?;
     ensure_well(worker)?;
     drop(hog);
-    ensure!(vmstat("pswpout")? > before, "nothing was swapped");
+    ensure!(swapped_out()? > before, "nothing was swapped");
     ensure!(
         cgroup.events("max")? > 0,
         "the group was never at its limit"

@@ -185,6 +185,14 @@ pub(in crate::guest) fn eventually(
     Ok(())
 }
 
+/// Works for so long: less than a sleep, and for a task that is to be seen at work.
+pub(in crate::guest) fn spin(time: Duration) {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        std::hint::spin_loop();
+    }
+}
+
 /// Does something while a job adds 1 to every word of a region; the job ends well. (Two such jobs at
 /// once would take each other's sums away: they do not add atomically.)
 pub(super) fn while_adding<T>(

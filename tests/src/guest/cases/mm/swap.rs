@@ -10,7 +10,7 @@ use super::{
         At, SEED, Start, ensure_agreement, ensure_sum, ensure_words, eventually, exercise,
         exercise_all, exercise_empty,
     },
-    storage::{EACH_SWAP, Swap, drop_caches, swap_out, swapped, vmstat},
+    storage::{EACH_SWAP, Swap, drop_caches, swap_out, swapped, swapped_out},
 };
 use crate::guest::{
     call::Job,
@@ -187,9 +187,9 @@ fn gpu_writes_to_a_huge_page_of_a_file_survive_swap() -> Result<()> {
         oracle::write(region, SEED);
         Job::add(region, 0).waves(2).run(&gpu)?;
         ensure!(is_huge(&gpu, region)?, "the file is not in huge pages");
-        let before = vmstat("pswpout")?;
+        let before = swapped_out()?;
         swap_out_shared(&gpu, region)?;
-        let out = vmstat("pswpout")? - before;
+        let out = swapped_out()? - before;
         ensure!(out >= region.pages().count() as u64, "{out} pages swapped");
         exercise(&gpu, region, 0, 0).with_context(|| format!("swap on {on:?}"))?;
         swap_out_shared(&gpu, region)?;

@@ -148,10 +148,11 @@ fn come_and_go(life: Life, may_exit: bool, points: &[Point]) -> Result<()> {
     let mut random = Random::new(settings::seed());
     let begin = Instant::now();
     let duration = settings::duration(SHORT);
-    let mut ended = 0;
+    let (mut ended, mut exited) = (0, 0);
     let mut killed_at = [0; POINTS.len()];
     for backing in [Backing::Huge, Backing::Small].into_iter().cycle() {
-        let reached = points.iter().all(|&point| killed_at[point as usize] != 0);
+        let reached = points.iter().all(|&point| killed_at[point as usize] != 0)
+            && (exited != 0 || !may_exit);
         if begin.elapsed() >= duration && reached {
             break;
         }
@@ -177,10 +178,13 @@ fn come_and_go(life: Life, may_exit: bool, points: &[Point]) -> Result<()> {
                 kill_process(pid, Signal::KILL)?;
             }
             let how = child.wait()?;
-            killed_at[at.get() as usize % POINTS.len()] += 1;
-            at.0.unmap()?;
             let killed = how == Ended::Signaled(Signal::KILL.as_raw());
+            if killed {
+                killed_at[at.get() as usize % POINTS.len()] += 1;
+            }
+            at.0.unmap()?;
             ensure!(killed || may_exit && how == Ended::Exited(0), "{how:?}");
+            exited += u32::from(!killed);
             ended += 1;
             // A few pages, for the others move them all the time.
             let offset = random.below(512 - FEW) * PAGE_SIZE;

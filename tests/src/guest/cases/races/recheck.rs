@@ -5,6 +5,7 @@
 use super::field::Random;
 use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
+    cases::mm::start::spin,
     settings,
 };
 use anyhow::{Result, ensure};
@@ -44,10 +45,7 @@ fn discard_while_counting(advice: Advice) -> Result<()> {
     while Instant::now() < end {
         for _ in 0..=random.below(3) {
             page.discard()?;
-            let at = Instant::now() + Duration::from_micros(random.below(LONGEST_BREAK) as u64);
-            while Instant::now() < at {
-                std::hint::spin_loop();
-            }
+            spin(Duration::from_micros(random.below(LONGEST_BREAK) as u64));
         }
         page.discard()?;
         ensure_counting(page, rounds)?;

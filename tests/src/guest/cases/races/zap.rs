@@ -5,6 +5,7 @@
 
 use super::field::Random;
 use crate::guest::{
+    cases::mm::start::spin,
     child::code,
     oracle,
     place::{anonymous, move_all},
@@ -84,14 +85,6 @@ fn rounds(round: impl Fn(&Gpu, Region, Duration) -> Result<()>) -> Result<()> {
     }
     println!("rounds: {count}");
     Ok(())
-}
-
-/// Sleeps are too long.
-fn spin(time: Duration) {
-    let end = Instant::now() + time;
-    while Instant::now() < end {
-        std::hint::spin_loop();
-    }
 }
 
 fn discarded(home: Home) -> Result<()> {
