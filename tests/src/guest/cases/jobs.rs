@@ -6,8 +6,11 @@ use crate::guest::{
     oracle,
 };
 use anyhow::{Result, anyhow, ensure};
-use farfault::arena::{Backing, Region};
-use farfault::{Gpu, PAGE_SIZE, uapi::JobStatus};
+use farfault::arena::{Backing, Call, Region, call_at};
+use farfault::{
+    Gpu, PAGE_SIZE,
+    uapi::{self, JobStatus},
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -122,21 +125,33 @@ fn wait_for_any_gives_each_job_once() -> Result<()> {
 }
 
 fn wait_interrupted_by_a_signal_is_eintr_and_the_job_goes_on() -> Result<()> {
+    const TIMEOUT: Duration = Duration::from_secs(20);
+    const SENT_AFTER: Duration = Duration::from_millis(300);
     let signalled = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&signalled))?;
     let gpu = Gpu::open_first()?;
+    // The structure of the call, whose second word is the time.
+    let wait = Region::map(PAGE_SIZE, Backing::Small)?;
     let fence = Job::endless(ring()?).submit(&gpu)?;
     for name in [fence, 0] {
-        let script = format!("sleep 0.3; kill -USR1 {}", std::process::id());
+        let script = format!(
+            "sleep {}; kill -USR1 {}",
+            SENT_AFTER.as_secs_f32(),
+            std::process::id()
+        );
         let mut sender = Command::new("/bin/sh").args(["-c", &script]).spawn()?;
         let begin = Instant::now();
-        let wait = call::wait(&gpu, name, Duration::from_secs(20));
-        ensure!(
-            wait == Err(Errno::INTR),
-            "{wait:?} after {:?}",
-            begin.elapsed()
-        );
+        wait.store(0, name);
+        wait.store(1, TIMEOUT.as_nanos() as u64);
+        let waited = call_at(&gpu, uapi::Wait::NUMBER, wait.address());
+        let took = begin.elapsed();
+        ensure!(waited == Err(Errno::INTR), "{waited:?} after {took:?}");
         sender.wait()?;
+        let left = Duration::from_nanos(wait.load(1));
+        ensure!(
+            left + SENT_AFTER / 2 <= TIMEOUT && left + took >= TIMEOUT,
+            "{left:?} is left of {TIMEOUT:?} after {took:?}"
+        );
     }
     ensure!(signalled.load(std::sync::atomic::Ordering::SeqCst));
     ensure!(call::wait(&gpu, fence, Duration::ZERO) == Err(Errno::TIMEDOUT));
