@@ -50,11 +50,16 @@ struct State {
     trouble: Vec<String>,
 }
 
+/// For how long the driver waits for a device if it is not told otherwise, in seconds.
+const TIME_LIMIT: u32 = 20;
+
 /// The driver's parameters on a machine, of which everything is so much slower.
 pub(crate) fn parameters(machine: Machine, slowness: u32) -> Vec<String> {
     match machine {
         Machine::Mirrors | Machine::HotPlug => vec!["dmirror=1".to_owned()],
         Machine::Dying => vec![format!("time_limit={}", DYING_LIMIT * slowness)],
+        // One of them stands still, and is not to be given up while the other is at work.
+        Machine::TwoGpus => vec![format!("time_limit={}", TIME_LIMIT * slowness)],
         _ => Vec::new(),
     }
 }
