@@ -25,6 +25,8 @@ group! { "mm::munmap", gpus 1, seconds 60:
     region_replaced_in_one_step_shows_the_gpu_the_new_memory,
     several_tables_of_memory_replaced_in_one_step_show_the_gpu_the_new_memory,
     sparse_pages_of_several_tables_taken_in_one_step_show_the_gpu_the_new_memory,
+    many_single_pages_unmapped_in_one_step_are_all_gone,
+    pages_of_tables_that_were_given_up_are_gone_when_they_are_unmapped,
     unmapped_during_a_job_that_writes_is_not_written_any_more,
     replaced_during_a_job_the_job_goes_on_in_the_new_memory,
 }
@@ -128,6 +130,61 @@ fn sparse_pages_of_several_tables_taken_in_one_step_show_the_gpu_the_new_memory(
             ensure_words(*page, 5).with_context(|| format!("{place:?}"))?;
         }
         region.unmap()?;
+    }
+    Ok(())
+}
+
+/// More pieces than the driver has room for in one request.
+fn many_single_pages_unmapped_in_one_step_are_all_gone() -> Result<()> {
+    const BLOCKS: usize = 3;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(BLOCKS * HUGE_PAGE_SIZE, Backing::Small)?;
+    gpu.advise(region.pages(), Advice::MapOnly)?;
+    oracle::write(region, SEED);
+    let page = |number: usize| region.part(number * PAGE_SIZE, PAGE_SIZE);
+    let pages = region.pages().count();
+    // The GPU maps what is around a page, but not over holes.
+    for hole in (1..pages).step_by(2) {
+        page(hole).unmap()?;
+    }
+    for number in (0..pages).step_by(2) {
+        ensure_sum(&gpu, page(number), number * PAGE_SIZE / 8, 0)?;
+    }
+    // Known to the TLB when they are unmapped: the first ones, and some of all.
+    let looked_at = (0..8).chain((8..pages).step_by(pages / 16));
+    let looked_at: Vec<_> = looked_at.filter(|number| number % 2 == 0).collect();
+    for &number in &looked_at {
+        ensure_sum(&gpu, page(number), number * PAGE_SIZE / 8, 0)?;
+    }
+    region.unmap()?;
+    for &number in &looked_at {
+        Job::sum(page(number))
+            .fails_at(&gpu, page(number).address(), Access::Read)
+            .with_context(|| format!("page {number}"))?;
+    }
+    Ok(())
+}
+
+/// The driver gives up all of a context's tables when they have become many, and maps anew what is used. What the TLB
+/// knew of them is gone, too.
+fn pages_of_tables_that_were_given_up_are_gone_when_they_are_unmapped() -> Result<()> {
+    // Each has a table of its own, and one context may have 64 in all.
+    const BLOCKS: usize = 150;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(BLOCKS * HUGE_PAGE_SIZE, Backing::Small)?;
+    gpu.advise(region.pages(), Advice::MapOnly)?;
+    let page = |block: usize| region.part(block * HUGE_PAGE_SIZE, PAGE_SIZE);
+    for block in 0..BLOCKS {
+        oracle::write(page(block), SEED);
+        // It writes, so that there are as many rights as there can be.
+        Job::add(page(block), 0).run(&gpu)?;
+        // The next page may have been the one too many.
+        if let Some(before) = block.checked_sub(1) {
+            page(before).unmap()?;
+            Job::sum(page(before))
+                .fails_at(&gpu, page(before).address(), Access::Read)
+                .with_context(|| format!("block {before}"))?;
+        }
     }
     Ok(())
 }
