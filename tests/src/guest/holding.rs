@@ -19,7 +19,7 @@ use farfault::{
     uapi,
 };
 use rustix::io::Errno;
-use std::cell::RefCell;
+use std::{cell::RefCell, fs::File};
 
 /// `hold-resident NUMBER FATE`: has memory of every start on the GPU of this number, and a child that shares it
 /// and has pages in VRAM of its own. It closes its descriptor when it gets a line, says [`CLOSED`], and looks
@@ -38,7 +38,7 @@ pub const HOLD_MAPPED: &str = "hold-mapped";
 /// What PING gave follows.
 pub const PING_GAVE: &str = "ping gave ";
 
-/// Has a descriptor of the first GPU, memory of every start that a child shares, and pages in RAM that are the GPU's
+/// Has two descriptors of the first GPU, one of which it has not used yet, memory of every start that a child shares, and pages in RAM that are the GPU's
 /// alone. When it gets a line, GPU and CPU go on with all of it.
 pub const HOLD_STARTS: &str = "hold-starts";
 
@@ -207,6 +207,11 @@ fn hold_mapped(arguments: &[String]) -> Result<()> {
 
 fn hold_starts(_: &[String]) -> Result<()> {
     let gpu = Gpu::open_first()?;
+    // The device does not know of it yet.
+    let unused = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/farfault0")?;
     let held = Held::all(&gpu)?;
     let gpu = RefCell::new(Some(gpu));
     let (begun, told) = (Gate::new()?, Gate::new()?);
@@ -231,6 +236,7 @@ fn hold_starts(_: &[String]) -> Result<()> {
         move_all(&gpu, region, Place::Vram)?;
         exercise(&gpu, region, 0, 2)?;
     }
+    call_at(&unused, uapi::IOC_PING, 0)?;
     // It has what was before all that.
     told.open()?;
     ensure!(child.wait()? == Ended::Exited(0));

@@ -9,11 +9,14 @@ use crate::guest::{
     place::{count, migrate},
     tunables::huge_page_pool,
 };
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
-use farfault::{Gpu, HUGE_PAGE_SIZE, Place};
+use farfault::{Access, Gpu, HUGE_PAGE_SIZE, Kernel, Pages, Place};
 use rustix::fs::{MemfdFlags, memfd_create};
-use std::{fs::File, os::unix::fs::FileExt};
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+};
 
 group! { "mappings", on Small, seconds 60:
     shared_anonymous_memory_is_used_where_it_is,
@@ -22,6 +25,7 @@ group! { "mappings", on Small, seconds 60:
     read_only_private_file_is_read_where_it_is,
     one_file_mapped_twice_has_one_content,
     huge_page_of_the_pool_is_used_where_it_is,
+    code_of_the_kernels_is_read_where_it_is_and_its_data_is_refused,
 }
 
 const SEED: u64 = 0x3a99;
@@ -135,4 +139,47 @@ fn huge_page_of_the_pool_is_used_where_it_is() -> Result<()> {
     ensure_shared_atomics(&gpu, region)?;
     drop(gpu);
     Ok(region.unmap()?)
+}
+
+/// A mapping of this process, by the name that the kernel gives it.
+fn mapping(name: &str) -> Result<Pages> {
+    let maps = fs::read_to_string("/proc/self/maps")?;
+    let line = maps.lines().find(|line| line.ends_with(name));
+    let range = line.and_then(|line| line.split_whitespace().next());
+    let (start, end) = range
+        .and_then(|range| range.split_once('-'))
+        .with_context(|| format!("no mapping has the name {name}"))?;
+    let address = |text| usize::from_str_radix(text, 16);
+    Pages::new(address(start)?..address(end)?).context("a mapping of whole pages")
+}
+
+/// `[vdso]` (`VM_DONTEXPAND`) has pages, `[vvar]` (`VM_PFNMAP`) only frames of which mm does not know.
+fn code_of_the_kernels_is_read_where_it_is_and_its_data_is_refused() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    for (name, has_pages) in [("[vdso]", true), ("[vvar]", false)] {
+        let pages = mapping(name)?;
+        let (address, length) = (pages.address() as u64, pages.length());
+        for place in [Place::Vram, Place::Ram] {
+            let moved = gpu.migrate(pages, place)?;
+            let (of_ram, of_vram) = (moved.there, moved.stayed);
+            let kept = if place == Place::Ram { of_ram } else { of_vram };
+            ensure!(
+                moved.moved == 0 && kept == pages.count() as u64,
+                "{name} to {place:?}: {moved:?}"
+            );
+        }
+        let job = Job::new(Kernel::Sum, [address, length as u64, 0, 0]);
+        if has_pages {
+            let mut bytes = vec![0; length];
+            File::open("/proc/self/mem")?.read_exact_at(&mut bytes, address)?;
+            let mut sum = 0_u64;
+            for word in bytes.chunks_exact(8) {
+                sum = sum.wrapping_add(u64::from_le_bytes(word.try_into()?));
+            }
+            ensure!(job.run(&gpu)? == sum, "{name}: the GPU's sum");
+        } else {
+            job.fails_at(&gpu, address, Access::Read)?;
+        }
+    }
+    Ok(())
 }
