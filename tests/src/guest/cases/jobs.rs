@@ -3,9 +3,10 @@
 
 use crate::guest::{
     call::{self, JOB_TIME, Job},
+    cases::mm::start::spin,
     oracle,
 };
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use farfault::arena::{Backing, Call, Region, call_at};
 use farfault::{
     Gpu, PAGE_SIZE,
@@ -38,6 +39,7 @@ group! { "jobs", on Small, seconds 60:
     kill_of_an_ended_job_changes_nothing,
     kill_of_unknown_jobs_is_enoent,
     too_many_uncollected_jobs_are_eagain_until_one_is_collected,
+    kill_at_any_moment_of_a_short_job_ends_it_once,
     refused_jobs_are_forgotten,
     endless_jobs_do_not_stop_others,
     many_jobs_of_many_threads_all_end_well,
@@ -433,5 +435,32 @@ fn wait_times_out_when_it_should_while_other_jobs_end() -> Result<()> {
     ensure!(ended > 2, "only {ended} jobs ended meanwhile");
     ensure!(took >= TIMEOUT && took < MOST / 2, "it took {took:?}");
     call::kill(&gpu, endless)?;
+    Ok(())
+}
+
+/// Before the device has it, while it runs, when it has ended and the driver does not know, and after that.
+fn kill_at_any_moment_of_a_short_job_ends_it_once() -> Result<()> {
+    const JOBS: u64 = 400;
+    let gpu = Gpu::open_first()?;
+    let word = Region::map(PAGE_SIZE, Backing::Small)?;
+    let (mut ended, mut killed) = (0, 0);
+    for round in 0..JOBS {
+        let fence = Job::atomic_add(word.address(), 1, 1).submit(&gpu)?;
+        spin(Duration::from_micros(5 * (round % 40)));
+        call::kill(&gpu, fence).with_context(|| format!("KILL, round {round}"))?;
+        let end = call::wait(&gpu, fence, JOB_TIME)?;
+        if end.status == JobStatus::Ok.raw() {
+            ended += 1;
+        } else {
+            call::ensure_status(&end, JobStatus::Killed)?;
+            killed += 1;
+        }
+        let again = call::kill(&gpu, fence);
+        ensure!(again == Err(Errno::NOENT), "KILL after WAIT: {again:?}");
+    }
+    println!("{ended} jobs came to their end, {killed} were killed");
+    // A job that was killed may have added before.
+    let added = word.load(0);
+    ensure!(added >= ended && added <= JOBS, "{added} were added");
     Ok(())
 }
