@@ -7,7 +7,7 @@ use crate::guest::{
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
-use farfault::{Advice, Chain, Gpu, HUGE_PAGE_SIZE, Kernel, Launch, PAGE_SIZE, stage};
+use farfault::{Advice, Chain, Gpu, HUGE_PAGE_SIZE, Kernel, Launch, PAGE_SIZE, Place, stage};
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
@@ -29,6 +29,7 @@ group! { "faults", on Small, seconds 90:
     pages_of_several_jobs_get_all_their_writes,
     pages_of_two_descriptors_have_one_content,
     pages_that_the_cpu_writes_at_once_lose_nothing,
+    loads_mark_pages_as_accessed_and_stores_as_dirty,
 }
 
 const SEED: u64 = 0xfa01;
@@ -350,6 +351,37 @@ fn more_faults_at_once_than_a_batch_has_are_all_served() -> Result<()> {
         for region in regions {
             let wrong = (0..region.words()).find(|&index| region.load(index) != 7);
             ensure!(wrong.is_none(), "round {round}: word {wrong:?}");
+        }
+    }
+    Ok(())
+}
+
+/// In small entries only the page that was stored to, in huge ones all of it.
+fn loads_mark_pages_as_accessed_and_stores_as_dirty() -> Result<()> {
+    const WRITTEN: usize = 3;
+    for backing in [Backing::Small, Backing::Huge] {
+        for place in [Place::Ram, Place::Vram] {
+            let gpu = Gpu::open_first()?;
+            let region = Region::map(HUGE_PAGE_SIZE, backing)?;
+            oracle::write(region, SEED);
+            gpu.advise(region.pages(), Advice::MapOnly)?;
+            gpu.migrate(region.pages(), place)?;
+            Job::sum(region).run(&gpu)?;
+            let states = gpu.query(region.pages())?;
+            let wrong = states
+                .iter()
+                .find(|page| page.gpu.place != place || !page.gpu.accessed || page.gpu.dirty);
+            ensure!(wrong.is_none(), "after loads: {wrong:?}");
+            // The TLB knows the pages by now.
+            Job::add(region.part(WRITTEN * PAGE_SIZE, PAGE_SIZE), 0).run(&gpu)?;
+            for (number, page) in gpu.query(region.pages())?.into_iter().enumerate() {
+                let should = page.gpu.huge || number == WRITTEN;
+                ensure!(
+                    page.gpu.dirty == should,
+                    "{backing:?}, page {number} after a store to {WRITTEN}: {page:?}"
+                );
+            }
+            region.unmap()?;
         }
     }
     Ok(())
