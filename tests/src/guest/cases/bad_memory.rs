@@ -19,6 +19,7 @@ group! { "bad_memory", on Small, seconds 60:
     inaccessible_memory_fails_the_reader,
     failing_job_leaves_others_alone,
     failing_job_leaves_others_alone_that_fault_next_to_it,
+    loads_beside_a_store_that_is_refused_go_on,
     chase_into_nowhere_fails_there,
 }
 
@@ -208,4 +209,39 @@ fn chase_into_nowhere_fails_there() -> Result<()> {
     let chase = |steps| Job::new(Kernel::PointerChase, [region.address(), steps, 0, 0]);
     ensure!(chase(2).run(&gpu)? == nowhere.address() + 16);
     chase(3).fails_at(&gpu, nowhere.address(), Access::Read)
+}
+
+/// Of the same page, and at the same time: the device has one fault for all of them.
+fn loads_beside_a_store_that_is_refused_go_on() -> Result<()> {
+    const ROUNDS: u64 = 60;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(ROUNDS as usize * PAGE_SIZE, Backing::Small)?;
+    oracle::write(region, ROUNDS);
+    region.protect(Protection::Read)?;
+    for round in 0..ROUNDS {
+        // The GPU has never seen it.
+        let page = region.part(round as usize * PAGE_SIZE, PAGE_SIZE);
+        let first = page.words() * round as usize;
+        let stores = [
+            (Job::fill(page, 1), Access::Write),
+            (Job::atomic_add(page.address(), 1, 1), Access::Atomic),
+        ];
+        let (store, access) = stores[round as usize % 2];
+        let jobs = match round % 4 {
+            0 | 1 => [store, Job::sum(page)],
+            _ => [Job::sum(page), store],
+        };
+        let fences = jobs.map(|job| job.submit(&gpu));
+        for (job, fence) in jobs.into_iter().zip(fences) {
+            let end = call::wait(&gpu, fence?, call::JOB_TIME)?;
+            if job.kernel == Kernel::Sum {
+                call::ensure_status(&end, JobStatus::Ok)?;
+                ensure!(end.result == oracle::sum(ROUNDS, first..first + page.words()));
+            } else {
+                call::ensure_status(&end, JobStatus::Fault)?;
+                ensure!(end.fault_address == page.address() && end.access == access.raw());
+            }
+        }
+    }
+    Ok(())
 }

@@ -13,7 +13,7 @@ use crate::guest::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
-    Gpu, HUGE_PAGE_SIZE, Place,
+    Advice, Gpu, HUGE_PAGE_SIZE, Place,
     process::{Ended, fork},
     uapi::{self, JobStatus},
 };
@@ -42,6 +42,7 @@ group! { "process", on Small, seconds 90:
     close_with_an_endless_job_ends_in_time,
     close_with_pages_in_vram_leaves_the_data,
     pages_of_a_new_descriptor_stay_while_those_of_a_closed_one_go_home,
+    new_descriptor_knows_nothing_of_what_a_closed_one_had_mapped,
     kill_during_faults_ends_in_time,
     kill_during_migration_ends_in_time,
     kill_during_eviction_ends_in_time,
@@ -340,6 +341,39 @@ fn pages_of_a_new_descriptor_stay_while_those_of_a_closed_one_go_home() -> Resul
     [much, little]
         .into_iter()
         .try_for_each(|region| oracle::check(region, SEED, 0))
+}
+
+/// The context has the number of the one before, by which the TLB knows its entries.
+fn new_descriptor_knows_nothing_of_what_a_closed_one_had_mapped() -> Result<()> {
+    for backing in [Backing::Small, Backing::Huge] {
+        for place in [Place::Ram, Place::Vram] {
+            let region = Region::map(HUGE_PAGE_SIZE, backing)?;
+            let mut others = Vec::new();
+            for seed in SEED..SEED + 4 {
+                oracle::write(region, seed);
+                let gpu = Gpu::open_first()?;
+                gpu.advise(region.pages(), Advice::MapOnly)?;
+                move_all(&gpu, region, place)?;
+                for _ in 0..2 {
+                    let sum = Job::sum(region).run(&gpu)?;
+                    ensure!(
+                        sum == oracle::expected_sum(region, seed, 0),
+                        "{backing:?} in {place:?}: the GPU's sum"
+                    );
+                }
+                drop(gpu);
+                // Who asks next has the pages, with other words.
+                region.discard()?;
+                let other = Region::map(HUGE_PAGE_SIZE, backing)?;
+                oracle::write(other, !seed);
+                others.push(other);
+            }
+            for region in others.into_iter().chain([region]) {
+                region.unmap()?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A timer, a profiler: the signals that a process handles are no reason to give up what it asked for.
