@@ -18,6 +18,7 @@ group! { "migrate", on Small, seconds 60:
     gpu_fault_moves_a_small_page_alone_and_a_huge_page_whole,
     pages_that_are_there_are_counted_as_there,
     part_of_small_pages_moves_alone,
+    pages_scattered_over_vram_come_home_in_one_request,
     part_of_a_huge_page_moved_leaves_the_rest_right,
     never_touched_pages_are_counted_and_stay_empty,
     cpu_touch_brings_a_page_home,
@@ -263,5 +264,37 @@ fn stats_of_moves_count_the_pages() -> Result<()> {
         "{stats:?}"
     );
     ensure!(stats.gpu_faults_failed == 0, "{stats:?}");
+    Ok(())
+}
+
+/// In more pieces than one copy command has room for.
+fn pages_scattered_over_vram_come_home_in_one_request() -> Result<()> {
+    const PAGES: usize = 1600;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(PAGES * PAGE_SIZE, Backing::Small)?;
+    for round in 0..3 {
+        oracle::write(region, SEED + round);
+        // Neighbours go one after the other, but never next to each other.
+        for first in 0..2 {
+            for page in (first..PAGES).step_by(2) {
+                gpu.migrate(
+                    region.part(page * PAGE_SIZE, PAGE_SIZE).pages(),
+                    Place::Vram,
+                )?;
+            }
+        }
+        let vram: Vec<_> = gpu
+            .query(region.pages())?
+            .iter()
+            .map(|page| page.cpu.vram)
+            .collect();
+        let pieces = vram
+            .windows(2)
+            .filter(|pair| pair[0].map(|at| at + PAGE_SIZE as u64) != pair[1]);
+        let pieces = 1 + pieces.count();
+        ensure!(pieces > PAGES / 2, "the pages lie in {pieces} pieces");
+        move_all(&gpu, region, Place::Ram)?;
+        oracle::check(region, SEED + round, 0)?;
+    }
     Ok(())
 }
