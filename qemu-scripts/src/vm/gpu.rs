@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
 use crate::{
     Error, Result, paths,
@@ -18,6 +18,8 @@ use crate::{
 
 /// How long a device may take until it listens.
 const START_LIMIT: Duration = Duration::from_secs(20);
+/// How long its threads may take until they have all stopped.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(5);
 
 /// A running device.
@@ -154,6 +156,27 @@ impl Gpu {
             .and_then(|()| self.child.wait())
             .map(drop)
             .map_err(Error::io("killing a device's process"))
+    }
+
+    /// Stops it, and waits until none of its threads runs any more: on a busy host one of them may go on for a while.
+    pub(crate) fn stop(&self) -> Result<()> {
+        self.signal(Signal::STOP)?;
+        let pid = Pid::from_child(&self.child);
+        let look = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let deadline = Instant::now() + STOP_LIMIT;
+        loop {
+            let stopped = waitid(WaitId::Pid(pid), look)
+                .map_err(Error::io("waiting for a device to stop"))?;
+            if stopped.is_some() {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::vm(format!(
+                    "the process of a device did not stop within {STOP_LIMIT:?}"
+                )));
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub(crate) fn signal(&self, signal: Signal) -> Result<()> {

@@ -264,7 +264,7 @@ impl Vm {
     /// # Errors
     /// There is no such GPU, or the system refuses.
     pub fn stop_device(&mut self, index: usize) -> Result<()> {
-        self.device(index)?.signal(Signal::STOP)
+        self.device(index)?.stop()
     }
 
     /// Lets it go on.
