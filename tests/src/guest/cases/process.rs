@@ -40,6 +40,7 @@ group! { "process", on Small, seconds 90:
     exit_with_an_endless_job_ends_in_time,
     exec_with_pages_in_vram_gives_it_all_back,
     close_with_an_endless_job_ends_in_time,
+    close_with_a_job_of_all_waves_gives_them_back,
     close_with_pages_in_vram_leaves_the_data,
     pages_of_a_new_descriptor_stay_while_those_of_a_closed_one_go_home,
     new_descriptor_knows_nothing_of_what_a_closed_one_had_mapped,
@@ -292,6 +293,22 @@ fn first_calls_of_many_threads_at_once_all_work() -> Result<()> {
             let result = result.map_err(|_| anyhow!("a thread panicked"))?;
             ensure!(result.is_ok(), "round {round}: {result:?}");
         }
+    }
+    Ok(())
+}
+
+fn close_with_a_job_of_all_waves_gives_them_back() -> Result<()> {
+    let region = Region::map(HUGE_PAGE_SIZE, Backing::Small)?;
+    for round in 0..3 {
+        oracle::write(region, round);
+        let gpu = Gpu::open_first()?;
+        let waves = gpu.info().max_waves;
+        let sum = Job::sum(region).waves(waves).run(&gpu)?;
+        ensure!(sum == oracle::expected_sum(region, round, 0));
+        Job::atomic_add(region.address(), 1, u64::MAX)
+            .waves(waves)
+            .submit(&gpu)?;
+        drop(gpu);
     }
     Ok(())
 }
