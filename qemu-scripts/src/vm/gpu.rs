@@ -175,7 +175,7 @@ impl Gpu {
                     "the process of a device did not stop within {STOP_LIMIT:?}"
                 )));
             }
-            thread::sleep(Duration::from_millis(1));
+            thread::sleep(Duration::from_micros(100));
         }
     }
 

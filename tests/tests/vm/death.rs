@@ -230,8 +230,8 @@ fn stopped_for_a_moment(vm: &mut Vm, machines: &Machines) -> Result<()> {
 /// It does a little, hardly more than a request, and stands still for a while, and so on: requests take so long that
 /// several wait at a time, and some for longer than others.
 fn slow(vm: &mut Vm, machines: &Machines) -> Result<()> {
-    const WORKS_MICROSECONDS: [u64; 3] = [0, 100, 500];
-    const STANDS: Duration = Duration::from_millis(3);
+    const WORKS_MICROSECONDS: [u64; 3] = [0, 30, 100];
+    const STANDS: Duration = Duration::from_millis(1);
     let gpu = victim(vm)?;
     let console = vm.console()?.len();
     let process = vm.spawn(&command(machines, &[WAIT_IN_PAIRS, &gpu.to_string()]))?;
