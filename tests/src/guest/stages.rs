@@ -8,6 +8,7 @@
 use super::{
     VRAM,
     call::{self, Job},
+    cases::mm::numa::on_cpu,
     oracle,
     place::move_all,
     programs::{DONE, READY, SEED, say, wait_for_a_line, written},
@@ -20,7 +21,7 @@ use farfault::{
     uapi::{self, JobStatus},
 };
 use rustix::io::Errno;
-use std::time::Duration;
+use std::{thread::available_parallelism, time::Duration};
 
 /// `at-stage STAGE NUMBER`, with the number of a GPU.
 pub const AT_STAGE: &str = "at-stage";
@@ -165,10 +166,17 @@ pub(super) fn wait_for_second(_: &[String]) -> Result<()> {
 pub const HOLD_RAM: &str = "hold-ram";
 
 pub(super) fn hold_ram(_: &[String]) -> Result<()> {
-    let region = written(VRAM as usize, Backing::Small)?;
+    let mut regions = Vec::new();
+    // Each CPU has lists of its own of what was given back on it.
+    for cpu in 0..available_parallelism()?.get() {
+        on_cpu(cpu)?;
+        regions.push(written(VRAM as usize / 2, Backing::Small)?);
+    }
     say(READY);
     wait_for_a_line()?;
-    oracle::check(region, SEED, 0)?;
+    for region in regions {
+        oracle::check(region, SEED, 0)?;
+    }
     say(DONE);
     Ok(())
 }

@@ -22,7 +22,7 @@ mod mlock;
 mod mprotect;
 mod mremap;
 mod munmap;
-mod numa;
+pub(in crate::guest) mod numa;
 mod pins;
 mod proc;
 mod reclaim;

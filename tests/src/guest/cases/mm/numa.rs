@@ -35,7 +35,7 @@ group! { "mm::numa", on Numa, seconds 120:
 }
 
 /// Runs on this CPU only, which on this machine is the one of the node of that number.
-pub(super) fn on_cpu(cpu: usize) -> Result<()> {
+pub(in crate::guest) fn on_cpu(cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu);
     Ok(sched_setaffinity(None, &set)?)
