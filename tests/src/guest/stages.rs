@@ -79,7 +79,7 @@ struct Memory {
     kept: Region,
     /// In RAM.
     fresh: Region,
-    /// In VRAM, written by the GPU: small pages, and a huge one.
+    /// In VRAM, written by the GPU: small pages that it has not mapped now, and a huge one that it has.
     resident: [Region; 2],
 }
 
@@ -94,10 +94,15 @@ impl Memory {
             Job::add(region, 1).run(gpu)?;
             Ok(region)
         };
+        let resident = [in_vram(Backing::Small)?, in_vram(Backing::Huge)?];
+        // What the GPU has not mapped goes home by a copy alone; else the device would be lost before the copy begins.
+        for protection in [Protection::Read, Protection::ReadWrite] {
+            resident[0].protect(protection)?;
+        }
         Ok(Self {
             kept,
             fresh: written(HUGE_PAGE_SIZE, Backing::Small)?,
-            resident: [in_vram(Backing::Small)?, in_vram(Backing::Huge)?],
+            resident,
         })
     }
 }
