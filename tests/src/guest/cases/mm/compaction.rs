@@ -10,7 +10,7 @@ use crate::guest::{
     oracle,
     place::{ensure_place, move_all},
 };
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 use farfault::arena::{Backing, Region};
 use farfault::{Advice, Gpu, PAGE_SIZE, Place};
 use std::fs;
@@ -49,16 +49,25 @@ fn scattered(gpu: &Gpu) -> Result<Region> {
 }
 
 fn jobs_that_write_during_compaction_lose_nothing() -> Result<()> {
+    const ATTEMPTS: usize = 6;
     let gpu = Gpu::open_first()?;
-    let region = scattered(&gpu)?;
-    let before = frames(region)?;
-    for _ in 0..6 {
-        while_adding(&gpu, region, compact)?;
+    // What others have left of memory may have a place for each page, so that none has to move.
+    for _ in 0..ATTEMPTS {
+        let region = scattered(&gpu)?;
+        let before = frames(region)?;
+        for _ in 0..6 {
+            while_adding(&gpu, region, compact)?;
+        }
+        let after = frames(region)?;
+        let moved = before.iter().zip(&after).filter(|(a, b)| a != b).count();
+        exercise(&gpu, region, 0, 6)?;
+        if moved >= 64 {
+            return Ok(());
+        }
+        eprintln!("compaction has moved only {moved} pages");
+        region.unmap()?;
     }
-    let after = frames(region)?;
-    let moved = before.iter().zip(&after).filter(|(a, b)| a != b).count();
-    ensure!(moved >= 64, "compaction has moved only {moved} pages");
-    exercise(&gpu, region, 0, 6)
+    bail!("compaction has moved hardly any pages in {ATTEMPTS} attempts")
 }
 
 fn pages_in_vram_stay_where_they_are() -> Result<()> {

@@ -12,9 +12,8 @@ use crate::guest::{
     call::Job,
     child::{Gate, code},
     oracle,
-    place::{ensure_place, meminfo, migrate, move_all},
+    place::{ensure_place, move_all},
     settings,
-    tunables::Tunables,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -239,97 +238,50 @@ fn jobs_at_the_groups_limit_with_a_process_that_wants_more_get_on() -> Result<()
 /// The kernel takes memory from those first that ask for it by this.
 const FIRST: &str = "1000";
 
-/// Offers itself to be killed for its memory.
-fn offer() -> Result<()> {
-    Ok(std::fs::write("/proc/self/oom_score_adj", FIRST)?)
-}
-
-/// KiB of free memory at which little is left.
-const LITTLE: u64 = 20 << 10;
-
-/// Takes nearly all the memory that there is, says so, and takes the rest when it may.
-fn want_everything(offered: &Gate, begin: &Gate, little: &Gate, rest: &Gate) -> Result<()> {
-    offer()?;
-    offered.open()?;
-    begin.wait()?;
-    let mut all = false;
+/// Takes all the memory that there is.
+fn want_everything() -> Result<()> {
+    std::fs::write("/proc/self/oom_score_adj", FIRST)?;
     loop {
         let region = Region::map(64 << 20, Backing::Huge)?;
         for page in 0..region.length() / PAGE_SIZE {
-            let look = !all && page % 512 == 0;
-            if look && meminfo("MemFree")? < LITTLE {
-                little.open()?;
-                rest.wait()?;
-                all = true;
-            }
             region.store(page * PAGE_SIZE / 8, 1);
         }
     }
 }
 
-/// Pages come home to a machine that has no page left, by the CPU's touch and by request. Nobody who shares
-/// them ends meanwhile: the others are children from before.
+/// Pages come home to a machine that has no page left, by the CPU's touch and by request.
 fn machine_without_memory_kills_who_wants_it_while_pages_come_home() -> Result<()> {
-    // The less the kernel keeps for itself, the more of the pages meet a machine without.
-    let _reserve = Tunables::set("/proc/sys/vm", &[("min_free_kbytes", "4096")])?;
     for backing in [Backing::Small, Backing::Huge] {
-        let [offered, begin, little, rest] =
-            [Gate::new()?, Gate::new()?, Gate::new()?, Gate::new()?];
-        let spare = || {
-            fork(|| {
-                code(offer().and_then(|()| {
-                    offered.open()?;
-                    std::thread::sleep(Duration::from_secs(600));
-                    Ok(())
-                }))
-            })
-        };
-        // The kernel may kill once more before what the first one had is free.
-        let spares = [spare()?, spare()?];
-        let hog = fork(|| code(want_everything(&offered, &begin, &little, &rest)))?;
-        for _ in 0..3 {
-            offered.wait()?;
-        }
         let gpu = Gpu::open_first()?;
-        let region = Region::map(12 * HUGE_PAGE_SIZE, backing)?;
+        let region = Region::map(8 * HUGE_PAGE_SIZE, backing)?;
         oracle::write(region, SEED);
-        move_all(&gpu, region, Place::Vram)?;
         let before = vmstat("oom_kill")?;
-        begin.open()?;
-        little.wait()?;
-        let free = meminfo("MemFree")? << 10;
-        ensure!(
-            free < region.length() as u64 && vmstat("oom_kill")? == before,
-            "there is room for all pages: {free} bytes"
-        );
-        rest.open()?;
-        let half = region.length() / 2;
-        let touch = || {
-            for page in 0..half / PAGE_SIZE {
+        // The kernel may kill once more before what the first one had is free.
+        let spares = [(); 2].map(|()| {
+            fork(|| {
+                let offered = std::fs::write("/proc/self/oom_score_adj", FIRST);
+                std::thread::sleep(Duration::from_secs(600));
+                u8::from(offered.is_err())
+            })
+        });
+        let hog = fork(|| code(want_everything()))?;
+        let mut rounds = 0u64;
+        while vmstat("oom_kill")? == before {
+            move_all(&gpu, region, Place::Vram)?;
+            let (home, asked) = (HUGE_PAGE_SIZE * 4, HUGE_PAGE_SIZE * 4);
+            for page in 0..home / PAGE_SIZE {
                 region.atomic_add(page * PAGE_SIZE / 8, 0);
             }
-        };
-        let ask = || migrate(&gpu, region.part(half, half), Place::Ram);
-        // Each way is the first one once.
-        let moved = match backing {
-            Backing::Small => {
-                touch();
-                ask()?
-            }
-            _ => {
-                let moved = ask()?;
-                touch();
-                moved
-            }
-        };
-        ensure!(moved.stayed == 0, "{backing:?}: pages stayed: {moved:?}");
+            move_all(&gpu, region.part(home, asked), Place::Ram)?;
+            rounds += 1;
+        }
         let ended = hog.wait()?;
         ensure!(
             ended == Ended::Signaled(rustix::process::Signal::KILL.as_raw()),
             "{backing:?}: who wanted everything: {ended:?}"
         );
-        ensure!(vmstat("oom_kill")? > before);
         drop(spares);
+        ensure!(rounds != 0, "{backing:?}: it was killed before pages moved");
         exercise(&gpu, region, 0, 0).with_context(|| format!("{backing:?}"))?;
         region.unmap()?;
     }
