@@ -288,7 +288,10 @@ impl Space {
             let huge = entry.is_some_and(|e| e.order() >= BLOCK_ORDER);
             let around = match advice {
                 Advice::Default | Advice::PreferCpu if huge => region..region + REGION_BYTES,
-                Advice::Default => fault.page..fault.page + run_length(faults, fault.page),
+                Advice::Default => {
+                    let end = fault.page + run_length(faults, fault.page);
+                    fault.page..end.min(advised.end)
+                }
                 Advice::PreferGpu => {
                     advised.start.max(region)..advised.end.min(region + REGION_BYTES)
                 }

@@ -6,7 +6,7 @@ use crate::guest::{
     oracle,
     place::{count, ensure_place, move_all, state},
 };
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
 use farfault::{Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place};
 use rustix::io::Errno;
@@ -18,6 +18,7 @@ group! { "advise", on Small, seconds 60:
     prefer_gpu_with_holes_and_several_mappings_moves_each,
     prefer_cpu_brings_the_page_to_ram_and_maps_it_there,
     map_only_maps_the_page_where_it_is,
+    neighbours_in_one_batch_go_each_by_their_own_advice,
     pages_next_to_others_are_left_for_their_own_advice,
     advice_alone_moves_nothing,
     advice_of_parts_is_shown_page_by_page,
@@ -234,5 +235,27 @@ fn too_many_ranges_are_enospc_and_do_no_harm() -> Result<()> {
     gpu.advise(region.pages(), Advice::PreferCpu)?;
     gpu.advise(page(region, 1).pages(), Advice::MapOnly)?;
     ensure!(state(&gpu, region, 2)?.advice == Advice::PreferCpu);
+    Ok(())
+}
+
+/// The GPU faults on both sides of the border at the same time.
+fn neighbours_in_one_batch_go_each_by_their_own_advice() -> Result<()> {
+    for (advice, place) in [
+        (Advice::MapOnly, Place::Ram),
+        (Advice::PreferCpu, Place::Ram),
+        (Advice::PreferGpu, Place::Vram),
+    ] {
+        let gpu = Gpu::open_first()?;
+        let region = Region::map(HUGE_PAGE_SIZE, Backing::Small)?;
+        oracle::write(region, SEED);
+        let half = HUGE_PAGE_SIZE / 2;
+        let (first, second) = (region.part(0, half), region.part(half, half));
+        gpu.advise(second.pages(), advice)?;
+        Job::add(region, 1).waves(512).run(&gpu)?;
+        ensure_place(&gpu, first, Place::Vram).with_context(|| format!("beside {advice:?}"))?;
+        ensure_place(&gpu, second, place).with_context(|| format!("{advice:?}"))?;
+        oracle::check(region, SEED, 1)?;
+        region.unmap()?;
+    }
     Ok(())
 }
