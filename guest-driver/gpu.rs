@@ -12,6 +12,7 @@ use crate::{
     kapi::{
         module,
         pagemap::DevicePagemap,
+        shared_word::SharedWord,
         trace::Cause,
         virtio::Device,
         virtqueue::{QueueHandler, Queues},
@@ -32,7 +33,7 @@ use crate::{
     vram::{Vram, VramPage, BLOCK_PAGES},
 };
 use farfault_protocol::{
-    address::{VramAddr, HUGE_PAGE_SIZE},
+    address::{SystemAddr, VramAddr, HUGE_PAGE_SIZE},
     command::Status,
     config::{self, ConfigSpace, Features},
     control::Reply,
@@ -137,6 +138,8 @@ pub(crate) struct Gpu {
     gone: Atomic<bool>,
     /// The device does not answer.
     lost: Atomic<bool>,
+    /// Not zero until then, if the device looks at it: its engines access RAM no longer.
+    bus_master: Option<SharedWord>,
     pub(crate) counters: Counters,
     /// Names the next job, of any address space: an event that comes late means no other.
     next_fence: Atomic<u64>,
@@ -200,6 +203,8 @@ impl Gpu {
         let limits = Limits::check(device.as_ref(), &config)?;
         let vram_pages = limits.vram_pages;
         let contexts = limits.max_contexts;
+        let looks = config.features().has(Features::BUS_MASTER_WORD);
+        let bus_master = looks.then(|| SharedWord::new(1)).transpose()?;
         Arc::pin_init(
             try_pin_init!(Self {
                 index: device.index(),
@@ -207,6 +212,7 @@ impl Gpu {
                 limits,
                 gone: Atomic::new(false),
                 lost: Atomic::new(false),
+                bus_master,
                 counters: Counters::new(),
                 next_fence: Atomic::new(1),
                 control <- Channel::new(),
@@ -392,6 +398,10 @@ impl Gpu {
         if self.lost.xchg(true, Full) {
             return;
         }
+        if let Some(word) = &self.bus_master {
+            // Before anybody is told that the GPU is done with his memory.
+            word.set(0);
+        }
         dev_err!(
             self.device,
             "{what} ({error:?}): the device is lost. Jobs fail; what only VRAM held is gone\n"
@@ -419,6 +429,14 @@ impl Gpu {
             }
         }
         result
+    }
+
+    /// Adds a command that tells the device where to look whether it was given up, before it has any work.
+    pub(crate) fn name_bus_master_word(&self, batch: &mut Batch) -> Result {
+        match &self.bus_master {
+            Some(word) => batch.set_bus_master_word(SystemAddr::new(word.phys())),
+            None => Ok(()),
+        }
     }
 
     /// Sends a batch of control commands, all of which must succeed. `EIO`: the device is lost.

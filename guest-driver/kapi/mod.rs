@@ -20,6 +20,7 @@
 //! | [`page_fault`] | `handle_mm_fault()`, where `hmm_range_fault()` will not do |
 //! | [`pagemap`] | `dev_pagemap` of type `MEMORY_DEVICE_PRIVATE` |
 //! | [`poll`] | spinning for a short while |
+//! | [`shared_word`] | a word that a device reads whenever it likes |
 //! | [`signal`] | `fatal_signal_pending()` |
 //! | [`spinlock_irq`] | `spin_lock_irqsave()` |
 //! | [`trace`] | the driver's trace events |
@@ -41,6 +42,7 @@ pub(crate) mod module;
 pub(crate) mod page_fault;
 pub(crate) mod pagemap;
 pub(crate) mod poll;
+pub(crate) mod shared_word;
 pub(crate) mod signal;
 pub(crate) mod spinlock_irq;
 pub(crate) mod trace;

@@ -6,7 +6,7 @@
 
 use super::{header, Request};
 use farfault_protocol::{
-    address::{GpuVa, VramAddr},
+    address::{GpuVa, SystemAddr, VramAddr},
     command::CommandHeader,
     control::{self, Opcode, PteRun},
     pte::Pte,
@@ -195,6 +195,13 @@ impl Batch {
             context: context.into(),
             reserved: U32::ZERO,
             fence: fence.into(),
+        })
+    }
+
+    pub(crate) fn set_bus_master_word(&mut self, word: SystemAddr) -> Result {
+        self.command(&control::SetBusMasterWord {
+            header: header::<control::SetBusMasterWord>(Opcode::SetBusMasterWord.raw()),
+            word,
         })
     }
 }

@@ -233,7 +233,8 @@ impl Space {
         batch.clear();
         let new = PageTable::new(self.context, root, batch)
             .inspect_err(|_| self.gpu.vram.give_back(root, 0))?;
-        let created = batch.create_context(self.context, new.root());
+        let named = self.gpu.name_bus_master_word(batch);
+        let created = named.and_then(|()| batch.create_context(self.context, new.root()));
         match created.and_then(|()| self.gpu.control(batch)) {
             Ok(_) => *table = Some(new),
             Err(error) => {

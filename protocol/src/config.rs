@@ -13,7 +13,7 @@ pub const MAGIC: [u8; 8] = *b"FARFAULT";
 /// Raised by a change that an existing driver cannot use.
 pub const VERSION_MAJOR: u32 = 1;
 /// Raised by an addition.
-pub const VERSION_MINOR: u32 = 1;
+pub const VERSION_MINOR: u32 = 2;
 
 /// The queues, by their virtio index.
 pub mod queue {
@@ -41,6 +41,9 @@ impl Features {
     /// Failed memory is reported: [`crate::event::ErrorCode::MemoryPoisoned`],
     /// [`crate::event::JobStatus::MemoryError`], [`crate::command::Status::Poisoned`]. Since 1.1.
     pub const MEMORY_ERRORS: u64 = 1 << 3;
+    /// The driver can keep engines from RAM without an answer of the device:
+    /// [`crate::control::SetBusMasterWord`]. Since 1.2.
+    pub const BUS_MASTER_WORD: u64 = 1 << 4;
 
     /// Whether all bits of `mask` are set.
     pub const fn has(self, mask: u64) -> bool {

@@ -7,7 +7,7 @@
 //! [`MAX_PAGES_PER_REQUEST`] pages.
 
 use crate::{
-    address::{GpuVa, VramAddr},
+    address::{GpuVa, SystemAddr, VramAddr},
     assert_layout,
     command::CommandHeader,
     wire_enum, U32, U64,
@@ -37,6 +37,8 @@ wire_enum! {
         HarvestAccessed = 8,
         /// [`KillJob`].
         KillJob = 9,
+        /// [`SetBusMasterWord`].
+        SetBusMasterWord = 10,
     }
 }
 
@@ -231,3 +233,17 @@ pub struct KillJob {
 }
 
 assert_layout!(KillJob, size = 24, header @ 0, context @ 8, reserved @ 12, fence @ 16);
+
+/// Names a word of RAM of 32 bits: engines access RAM only while it is not zero (manual, section 10.4), as a
+/// PCI device does only while its Bus Master Enable is set. Needs
+/// [`crate::config::Features::BUS_MASTER_WORD`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct SetBusMasterWord {
+    /// [`Opcode::SetBusMasterWord`].
+    pub header: CommandHeader,
+    /// Where it is, aligned to 4 bytes. Zero: there is none, and engines access RAM always.
+    pub word: SystemAddr,
+}
+
+assert_layout!(SetBusMasterWord, size = 16, header @ 0, word @ 8);

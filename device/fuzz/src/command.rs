@@ -5,11 +5,11 @@ use crate::number::{Number, Page, Small};
 use arbitrary::Arbitrary;
 use farfault_protocol::{
     U32, U64,
-    address::{GpuVa, VramAddr},
+    address::{GpuVa, SystemAddr, VramAddr},
     command::CommandHeader,
     control::{
         Cancel, CreateContext, DestroyContext, HarvestAccessed, Invalidate, KillJob, Opcode,
-        PteRun, ReadPtes, Replay,
+        PteRun, ReadPtes, Replay, SetBusMasterWord,
     },
     submit::{self, CopyRun, Launch},
 };
@@ -30,6 +30,7 @@ pub(crate) enum Control {
     KillJob(Small, Small),
     /// A header that need not tell the truth, and what follows it.
     Garbage(u16, Number, Vec<u8>),
+    SetBusMasterWord(Number),
 }
 
 /// A run of entries.
@@ -162,6 +163,12 @@ impl Control {
                 fence: U64::new(fence.0.into()),
             }),
             Self::Garbage(opcode, length, ref rest) => garbage(opcode, length, rest),
+            Self::SetBusMasterWord(word) => {
+                command(Opcode::SetBusMasterWord.raw(), |header| SetBusMasterWord {
+                    header,
+                    word: SystemAddr::new(word.0),
+                })
+            }
         }
     }
 }

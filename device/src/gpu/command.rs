@@ -68,6 +68,7 @@ pub(crate) enum Control<'a> {
         context: u32,
         fence: u64,
     },
+    SetBusMasterWord(Option<SystemAddr>),
 }
 
 /// A command of the submit queue.
@@ -199,6 +200,13 @@ pub(crate) fn parse_control(bytes: &[u8]) -> Result<(control::Opcode, Control<'_
                 context: c.context.get(),
                 fence: c.fence.get(),
             }
+        }
+        control::Opcode::SetBusMasterWord => {
+            let c: &control::SetBusMasterWord = exactly(command)?;
+            if !c.word.is_aligned(size_of::<u32>() as u64) {
+                return Err(Status::Misaligned);
+            }
+            Control::SetBusMasterWord((c.word.get() != 0).then_some(c.word))
         }
     };
     Ok((opcode, parsed, rest))

@@ -233,6 +233,7 @@ impl Gpu {
                 execution.value = self.harvest_accessed(&range)?;
             }
             Control::KillJob { context, fence } => self.kill_job(context, fence)?,
+            Control::SetBusMasterWord(word) => self.bus_master_word = word,
         }
         Ok(Wait::new())
     }

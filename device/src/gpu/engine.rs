@@ -293,6 +293,7 @@ impl Gpu {
         Work {
             id: self.flights.begin(owner),
             vram: Arc::clone(&self.vram),
+            bus_master_word: self.bus_master_word,
             operation,
             bytes,
         }

@@ -9,9 +9,11 @@ use super::{
     mmu::{Target, advance},
     vram::Vram,
 };
-use farfault_protocol::pte::Location;
+use farfault_protocol::{address::SystemAddr, pte::Location};
 use std::sync::atomic::{AtomicU64, Ordering};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory, VolatileSlice};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory, VolatileSlice,
+};
 
 /// Bytes that a bulk operation holds in its hands at a time; a multiple of 8.
 const BUFFER: usize = 4096;
@@ -23,6 +25,40 @@ static ZEROES: [u8; BUFFER] = [0; BUFFER];
 pub(crate) struct Memory<'a> {
     pub(crate) vram: &'a Vram,
     pub(crate) ram: &'a GuestMemoryMmap,
+    pub(crate) bus_master: BusMaster<'a>,
+}
+
+/// Whether RAM may be accessed (manual, section 10.4).
+#[derive(Clone, Copy)]
+pub(crate) enum BusMaster<'a> {
+    Always,
+    /// While this word is not zero. It can become so at any time.
+    While(VolatileSlice<'a>),
+    /// The word is where no RAM is.
+    Never,
+}
+
+impl<'a> BusMaster<'a> {
+    /// What a word of RAM says, if there is one to say it.
+    pub(crate) fn new(word: Option<SystemAddr>, ram: &'a GuestMemoryMmap) -> Self {
+        let Some(word) = word else {
+            return Self::Always;
+        };
+        match ram.get_slice(GuestAddress(word.get()), size_of::<u32>()) {
+            Ok(word) => Self::While(word),
+            Err(_) => Self::Never,
+        }
+    }
+
+    fn is_enabled(self) -> bool {
+        match self {
+            Self::Always => true,
+            Self::While(word) => word
+                .load::<u32>(0, Ordering::Acquire)
+                .is_ok_and(|word| word != 0),
+            Self::Never => false,
+        }
+    }
 }
 
 /// Why there is nothing to access.
@@ -84,9 +120,13 @@ impl<'a> Cursor<'a> {
     /// What comes next, as far as it is contiguous; `None` at the end.
     fn peek(&mut self) -> Result<Option<VolatileSlice<'a>>, NoMemory> {
         while let Some((run, behind)) = self.runs.split_first() {
-            let rest = run.length - self.done;
+            let mut rest = run.length - self.done;
             if rest > 0 {
                 let at = advance(run.at, self.done);
+                if let (Location::System(_), BusMaster::While(_)) = (at, self.memory.bus_master) {
+                    // It is to be asked again soon.
+                    rest = rest.min(BUFFER as u64);
+                }
                 let nothing = |lack| NoMemory {
                     offset: self.offset,
                     lack,
@@ -319,6 +359,7 @@ impl<'a> Memory<'a> {
                     self.vram.slice(at, sound)
                 }
             }
+            Location::System(_) if !self.bus_master.is_enabled() => None,
             Location::System(at) => usize::try_from(length).ok().and_then(|length| {
                 let mut slices = self.ram.get_slices(GuestAddress(at.get()), length);
                 slices.next()?.ok()

@@ -71,7 +71,7 @@ use engine::Engine;
 use event::Events;
 use farfault_protocol::{
     U32, U64,
-    address::{PAGE_SIZE, VramAddr},
+    address::{PAGE_SIZE, SystemAddr, VramAddr},
     config::{ConfigSpace, Features, MAGIC, VERSION_MAJOR, VERSION_MINOR},
     event as wire_event,
 };
@@ -135,6 +135,8 @@ pub struct Gpu {
     events: Events,
     flights: Flights,
     control: ControlQueue,
+    /// Engines access RAM only while this word of it is not zero.
+    bus_master_word: Option<SystemAddr>,
     completions: VecDeque<Completion>,
     resetting: bool,
     stats: Stats,
@@ -160,6 +162,7 @@ impl Gpu {
             events: Events::default(),
             flights: Flights::default(),
             control: ControlQueue::default(),
+            bus_master_word: None,
             completions: VecDeque::new(),
             resetting: false,
             stats: Stats::default(),
@@ -178,7 +181,8 @@ impl Gpu {
                 Features::HUGE_PAGES
                     | Features::ACCESSED_DIRTY
                     | Features::ATOMICS
-                    | Features::MEMORY_ERRORS,
+                    | Features::MEMORY_ERRORS
+                    | Features::BUS_MASTER_WORD,
             ),
             vram_size: U64::new(self.vram.size()),
             serial: U64::new(self.settings.serial),
@@ -204,6 +208,7 @@ impl Gpu {
         self.copies_on = true;
         self.events.reset();
         self.control = ControlQueue::default();
+        self.bus_master_word = None;
         self.completions.clear();
         self.stats.resets += 1;
         self.resetting = true;

@@ -19,6 +19,7 @@ pub struct ControlStats {
     pub read_ptes: u64,
     pub harvest_accessed: u64,
     pub kill_job: u64,
+    pub set_bus_master_word: u64,
     /// Requests, however they ended.
     pub requests: u64,
     /// Requests that ended with another status than `Ok`.
@@ -42,6 +43,7 @@ impl ControlStats {
             control::Opcode::ReadPtes => &mut self.read_ptes,
             control::Opcode::HarvestAccessed => &mut self.harvest_accessed,
             control::Opcode::KillJob => &mut self.kill_job,
+            control::Opcode::SetBusMasterWord => &mut self.set_bus_master_word,
         };
         *counter += 1;
     }

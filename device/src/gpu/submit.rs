@@ -8,7 +8,7 @@ use super::{
     copy::ListEnd,
     job::Job,
     kernels::Plan,
-    memory::{Lack, Memory},
+    memory::{BusMaster, Lack, Memory},
     settings::MAX_WAITING_REQUESTS,
     work::{BadRun, Piece, Source},
 };
@@ -80,6 +80,7 @@ impl Gpu {
         let memory = Memory {
             vram: &self.vram,
             ram,
+            bus_master: BusMaster::Always,
         };
         for run in &runs {
             let source_ok = match run.from {

@@ -5,12 +5,15 @@
 //! carries its translations with it. Until it is retired, invalidations wait for it.
 
 use super::{
-    memory::{CopyError, Lack, Memory, NoMemory},
+    memory::{BusMaster, CopyError, Lack, Memory, NoMemory},
     mmu::Target,
     settings::WORK_STEPS,
     vram::Vram,
 };
-use farfault_protocol::{address::GpuVa, pte::Location};
+use farfault_protocol::{
+    address::{GpuVa, SystemAddr},
+    pte::Location,
+};
 use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
@@ -109,6 +112,7 @@ pub(crate) enum Operand {
 pub struct Work {
     pub(crate) id: u64,
     pub(crate) vram: Arc<Vram>,
+    pub(crate) bus_master_word: Option<SystemAddr>,
     pub(crate) operation: Operation,
     pub(crate) bytes: u64,
 }
@@ -132,6 +136,7 @@ impl Work {
         let memory = Memory {
             vram: &self.vram,
             ram,
+            bus_master: BusMaster::new(self.bus_master_word, ram),
         };
         WorkDone {
             id: self.id,

@@ -73,7 +73,7 @@ fn framing_wrong_is_malformed() {
 #[test]
 fn opcode_unknown_is_unknown_command() {
     let mut rig = Rig::new();
-    for opcode in [10, 255] {
+    for opcode in [11, 255] {
         let request = with_byte(nop(), 0, opcode);
         assert_eq!(status(&mut rig, &request), Status::UnknownCommand);
     }
@@ -131,6 +131,7 @@ fn command_of_another_size_is_malformed() {
         read_ptes(1, 0, 1),
         harvest(1, 0, 1),
         kill_job(1, 0),
+        set_bus_master_word(0),
     ] {
         let length = command.len();
         let mut longer = with_byte(command, 4, length as u8 + 8);

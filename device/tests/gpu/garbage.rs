@@ -26,7 +26,7 @@ fn small() -> impl Strategy<Value = u32> {
 }
 
 fn control_command() -> impl Strategy<Value = Vec<u8>> {
-    (0..10, small(), number(), number(), small()).prop_map(|(which, context, a, b, count)| {
+    (0..11, small(), number(), number(), small()).prop_map(|(which, context, a, b, count)| {
         let va = a & !0xfff;
         match which {
             0 => create_context(context, VramAddr::new(va)),
@@ -38,6 +38,7 @@ fn control_command() -> impl Strategy<Value = Vec<u8>> {
             6 => read_ptes(context, va, count),
             7 => harvest(context, va, count),
             8 => kill_job(context, a),
+            9 => set_bus_master_word(a),
             _ => nop(),
         }
     })

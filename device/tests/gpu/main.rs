@@ -2,6 +2,7 @@
 //! Tests of the GPU core: no socket, no clock, and but for `threads` one thread. Each drives a
 //! [`rig::Rig`].
 
+mod bus_master;
 mod control;
 mod copies;
 mod faults;

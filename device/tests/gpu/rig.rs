@@ -496,6 +496,15 @@ pub(crate) fn kill_job(context: u32, fence: u64) -> Vec<u8> {
     })
 }
 
+pub(crate) fn set_bus_master_word(word: u64) -> Vec<u8> {
+    command(control::Opcode::SetBusMasterWord, |header| {
+        control::SetBusMasterWord {
+            header,
+            word: SystemAddr::new(word),
+        }
+    })
+}
+
 pub(crate) fn copy(runs: &[CopyRun]) -> Vec<u8> {
     let length = 8 + size_of_val(runs);
     let mut bytes = header(submit::Opcode::Copy.raw(), length)

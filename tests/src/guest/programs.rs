@@ -158,6 +158,10 @@ pub(super) const PROGRAMS: &[Program] = &[
         run: stages::wait_for_second,
     },
     Program {
+        name: stages::COUNT_IN_RAM,
+        run: stages::count_in_ram,
+    },
+    Program {
         name: HOLD_MIRRORS,
         run: hold_mirrors,
     },

@@ -21,7 +21,10 @@ use farfault::{
     uapi::{self, JobStatus},
 };
 use rustix::io::Errno;
-use std::{thread::available_parallelism, time::Duration};
+use std::{
+    thread::available_parallelism,
+    time::{Duration, Instant},
+};
 
 /// `at-stage STAGE NUMBER`, with the number of a GPU.
 pub const AT_STAGE: &str = "at-stage";
@@ -182,6 +185,43 @@ pub(super) fn hold_ram(_: &[String]) -> Result<()> {
     for region in regions {
         oracle::check(region, SEED, 0)?;
     }
+    say(DONE);
+    Ok(())
+}
+
+/// `count-in-ram NUMBER`: has a job of the GPU of this number that adds to a word in RAM for ever. When it gets a
+/// line, that job is to be lost with the GPU: it says [`LOST`], and the word is the CPU's alone. With another line it
+/// looks whether that is so.
+pub const COUNT_IN_RAM: &str = "count-in-ram";
+
+pub(super) fn count_in_ram(arguments: &[String]) -> Result<()> {
+    /// What the device's threads may have had in their hands when they stopped: each 512 additions.
+    const IN_HAND: u64 = 16 * 512;
+    let [number] = arguments else {
+        anyhow::bail!("name a GPU's number");
+    };
+    let gpu = Gpu::open(format!("/dev/farfault{number}"))?;
+    let page = Region::map(PAGE_SIZE, Backing::Small)?;
+    page.store(0, 0);
+    gpu.advise(page.pages(), Advice::MapOnly)?;
+    let job = Job::atomic_add(page.address(), 1, u64::MAX).submit(&gpu)?;
+    let begin = Instant::now();
+    while page.load(0) == 0 {
+        ensure!(begin.elapsed() < JOB_LIMIT, "the job adds nothing");
+    }
+    say(READY);
+    wait_for_a_line()?;
+    let end = call::wait(&gpu, job, JOB_LIMIT);
+    let lost = end.is_ok_and(|end| end.status == JobStatus::DeviceLost.raw());
+    ensure!(lost || end == Err(Errno::IO), "WAIT gave {end:x?}");
+    page.store(0, 0);
+    say(LOST);
+    wait_for_a_line()?;
+    let added = page.load(0);
+    ensure!(
+        added <= IN_HAND,
+        "the job has gone on, and added {added} to what is not the GPU's any more"
+    );
     say(DONE);
     Ok(())
 }

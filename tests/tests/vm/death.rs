@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
     DYING_LIMIT, Machine,
     programs::{DONE, HOLD_OPEN, READY},
-    stages::{ACTING, AT_STAGE, FINE, HOLD_RAM, LOST, Stage, WAIT_FOR_SECOND},
+    stages::{ACTING, AT_STAGE, COUNT_IN_RAM, FINE, HOLD_RAM, LOST, Stage, WAIT_FOR_SECOND},
     waiting::{ROUNDS, WAIT_IN_PAIRS},
 };
 use std::{
@@ -72,6 +72,12 @@ macro_rules! cases {
                 machine: Machine::Dying,
                 after: After::Keep,
                 run: killed_while_it_waits,
+            },
+            HostCase {
+                name: "lifecycle::device_stopped_during_a_job_in_ram_leaves_the_ram_alone_when_it_goes_on",
+                machine: Machine::Dying,
+                after: After::Keep,
+                run: leaves_ram_alone,
             },
             HostCase {
                 name: "lifecycle::module_with_a_killed_device_unloads",
@@ -315,6 +321,26 @@ fn eviction_passes_by(vm: &mut Vm, machines: &Machines) -> Result<()> {
     owner.wait_for(FINE, limit)?;
     owner.wait(limit)?.expect_success()?;
     Ok(())
+}
+
+/// Nothing can be told to a device that stands still, but it finds a word when it goes on.
+fn leaves_ram_alone(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    let gpu = victim(vm)?;
+    let limit = machines.limit(COMMAND);
+    let process = vm.spawn(&command(machines, &[COUNT_IN_RAM, &gpu.to_string()]))?;
+    process.wait_for(READY, limit)?;
+    // The program has looked at the word, which is the GPU's again soon.
+    thread::sleep(machines.limit(MOMENT));
+    vm.stop_device(gpu)?;
+    process.write_stdin(b"go\n")?;
+    let lost = process.wait_for(LOST, limit);
+    vm.continue_device(gpu)?;
+    lost?;
+    thread::sleep(machines.limit(MOMENT));
+    let output = go_on(process, machines, COMMAND)?;
+    ensure!(output.stdout_text().contains(DONE), "{output:?}");
+    bind_again(vm, machines, gpu)?;
+    fine_at(vm, machines, gpu, Stage::Idle)
 }
 
 /// With its pages in VRAM, until their process has ended; then for good.
