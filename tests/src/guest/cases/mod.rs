@@ -5,6 +5,7 @@ mod advise;
 mod bad_argument;
 mod bad_memory;
 mod bad_pointer;
+mod counters;
 mod dmirror;
 mod eviction;
 mod exclusive;
@@ -36,6 +37,7 @@ const GROUPS: &[&[Case]] = &[
     faults::CASES,
     bad_memory::CASES,
     migrate::CASES,
+    counters::CASES,
     mappings::CASES,
     unmap::CASES,
     advise::CASES,
