@@ -26,6 +26,20 @@ pub(crate) fn ensure_place(gpu: &Gpu, region: Region, place: Place) -> Result<()
     Ok(())
 }
 
+/// The CPU has all pages in huge ones.
+pub(crate) fn ensure_huge(gpu: &Gpu, region: Region) -> Result<()> {
+    let states = gpu.query(region.pages())?;
+    let small = states.iter().position(|page| !page.cpu.huge);
+    ensure!(
+        small.is_none(),
+        "page {small:?} of {} at {:#x} is a small one: {:?}",
+        states.len(),
+        region.address(),
+        small.and_then(|page| states.get(page))
+    );
+    Ok(())
+}
+
 /// How many pages are in a place.
 pub(crate) fn count(gpu: &Gpu, region: Region, place: Place) -> Result<usize> {
     Ok(places(gpu, region)?

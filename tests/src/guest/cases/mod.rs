@@ -11,6 +11,7 @@ mod eviction;
 mod exclusive;
 mod exclusive_beside;
 mod faults;
+mod home;
 mod huge_pages;
 mod jobs;
 mod leaks;
@@ -37,6 +38,7 @@ const GROUPS: &[&[Case]] = &[
     faults::CASES,
     bad_memory::CASES,
     migrate::CASES,
+    home::CASES,
     counters::CASES,
     mappings::CASES,
     unmap::CASES,
