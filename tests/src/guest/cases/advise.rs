@@ -14,9 +14,13 @@ use rustix::io::Errno;
 group! { "advise", on Small, seconds 60:
     default_moves_the_page_that_faulted,
     default_moves_pages_that_fault_next_to_some_in_vram,
+    default_moves_each_page_that_one_wave_reads,
     prefer_gpu_moves_all_of_the_range_in_the_same_2_mib,
+    prefer_gpu_that_begins_earlier_moves_the_2_mib_that_faulted_alone,
+    prefer_gpu_said_page_by_page_moves_all_of_it,
     prefer_gpu_with_holes_and_several_mappings_moves_each,
     prefer_cpu_brings_the_page_to_ram_and_maps_it_there,
+    prefer_cpu_keeps_pages_of_many_waves_in_ram,
     map_only_maps_the_page_where_it_is,
     neighbours_in_one_batch_go_each_by_their_own_advice,
     pages_next_to_others_are_left_for_their_own_advice,
@@ -24,6 +28,7 @@ group! { "advise", on Small, seconds 60:
     advice_of_parts_is_shown_page_by_page,
     advice_survives_munmap_and_ends_with_the_descriptor,
     too_many_ranges_are_enospc_and_do_no_harm,
+    default_takes_no_range,
 }
 
 const SEED: u64 = 0xad;
@@ -63,6 +68,13 @@ fn default_moves_pages_that_fault_next_to_some_in_vram() -> Result<()> {
     oracle::check(region, SEED, 1)
 }
 
+fn default_moves_each_page_that_one_wave_reads() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = written(PAGES * PAGE_SIZE, Backing::Small)?;
+    ensure!(Job::sum(region).run(&gpu)? == oracle::expected_sum(region, SEED, 0));
+    ensure_place(&gpu, region, Place::Vram)
+}
+
 fn prefer_gpu_moves_all_of_the_range_in_the_same_2_mib() -> Result<()> {
     let gpu = Gpu::open_first()?;
     let region = written(2 * HUGE_PAGE_SIZE, Backing::Small)?;
@@ -81,6 +93,37 @@ fn prefer_gpu_moves_all_of_the_range_in_the_same_2_mib() -> Result<()> {
         "what was moved was not mapped"
     );
     oracle::check(region, SEED, 0)
+}
+
+fn prefer_gpu_that_begins_earlier_moves_the_2_mib_that_faulted_alone() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = written(3 * HUGE_PAGE_SIZE, Backing::Small)?;
+    let second = region.part(HUGE_PAGE_SIZE, HUGE_PAGE_SIZE);
+    gpu.advise(region.pages(), Advice::PreferGpu)?;
+    Job::add(page(second, 7), 0).run(&gpu)?;
+    ensure_place(&gpu, second, Place::Vram)?;
+    ensure!(count(&gpu, region, Place::Vram)? == HUGE_PAGE_SIZE / PAGE_SIZE);
+    oracle::check(region, SEED, 0)
+}
+
+/// Neighbours are one range, whichever is first.
+fn prefer_gpu_said_page_by_page_moves_all_of_it() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let (up, down) = (
+        written(4 * HUGE_PAGE_SIZE, Backing::Small)?,
+        written(4 * HUGE_PAGE_SIZE, Backing::Small)?,
+    );
+    let pages = up.pages().count();
+    for index in 0..pages {
+        gpu.advise(page(up, index).pages(), Advice::PreferGpu)?;
+        gpu.advise(page(down, pages - 1 - index).pages(), Advice::PreferGpu)?;
+    }
+    for region in [up, down] {
+        Job::add(page(region, 9), 0).run(&gpu)?;
+        ensure_place(&gpu, region.part(0, HUGE_PAGE_SIZE), Place::Vram)?;
+        oracle::check(region, SEED, 0)?;
+    }
+    Ok(())
 }
 
 fn prefer_gpu_with_holes_and_several_mappings_moves_each() -> Result<()> {
@@ -121,6 +164,21 @@ fn prefer_cpu_brings_the_page_to_ram_and_maps_it_there() -> Result<()> {
             touched.gpu.place == Place::Ram && touched.gpu.write,
             "{touched:?}"
         );
+        oracle::check(region, SEED, 1)?;
+    }
+    Ok(())
+}
+
+fn prefer_cpu_keeps_pages_of_many_waves_in_ram() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    for place in [Place::Ram, Place::Vram] {
+        let region = written(HUGE_PAGE_SIZE, Backing::Small)?;
+        move_all(&gpu, region, place)?;
+        gpu.advise(region.pages(), Advice::PreferCpu)?;
+        let moved = gpu.stats()?.pages_to_vram;
+        Job::add(region, 1).waves(512).run(&gpu)?;
+        ensure!(gpu.stats()?.pages_to_vram == moved, "from {place:?}");
+        ensure_place(&gpu, region, Place::Ram)?;
         oracle::check(region, SEED, 1)?;
     }
     Ok(())
@@ -235,6 +293,19 @@ fn too_many_ranges_are_enospc_and_do_no_harm() -> Result<()> {
     gpu.advise(region.pages(), Advice::PreferCpu)?;
     gpu.advise(page(region, 1).pages(), Advice::MapOnly)?;
     ensure!(state(&gpu, region, 2)?.advice == Advice::PreferCpu);
+    Ok(())
+}
+
+fn default_takes_no_range() -> Result<()> {
+    const CALLS: usize = 4096;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(2 * CALLS * PAGE_SIZE, Backing::Small)?;
+    for index in 0..CALLS {
+        let every_other = page(region, 2 * index).pages();
+        // Of its own for a moment only.
+        gpu.advise(every_other, Advice::MapOnly)?;
+        gpu.advise(every_other, Advice::Default)?;
+    }
     Ok(())
 }
 
