@@ -6,12 +6,12 @@ use super::exclusive::ensure_shared_atomics;
 use crate::guest::{
     call::Job,
     oracle,
-    place::{count, migrate},
+    place::{count, ensure_place, migrate, move_all},
     tunables::huge_page_pool,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
-use farfault::{Access, Gpu, HUGE_PAGE_SIZE, Kernel, Pages, Place};
+use farfault::{Access, Gpu, HUGE_PAGE_SIZE, Kernel, PAGE_SIZE, Pages, Place};
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::{
     fs::{self, File},
@@ -22,6 +22,8 @@ group! { "mappings", on Small, seconds 60:
     shared_anonymous_memory_is_used_where_it_is,
     shared_file_written_by_the_gpu_has_it_in_the_file,
     private_file_written_by_the_gpu_leaves_the_file_alone,
+    private_file_moves_what_was_written_and_nothing_else,
+    memory_that_stays_is_not_mapped_by_a_request,
     read_only_private_file_is_read_where_it_is,
     one_file_mapped_twice_has_one_content,
     huge_page_of_the_pool_is_used_where_it_is,
@@ -103,6 +105,55 @@ fn private_file_written_by_the_gpu_leaves_the_file_alone() -> Result<()> {
     }
     oracle::check(region, SEED, 3)?;
     ensure_file(&file, 0)
+}
+
+fn private_file_moves_what_was_written_and_nothing_else() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let file = file()?;
+    let region = Region::map(LENGTH, Backing::FilePrivate(&file))?;
+    let half = LENGTH / 2;
+    let pages = (half / PAGE_SIZE) as u64;
+    let sum = oracle::expected_sum(region, SEED, 0);
+    ensure!(Job::sum(region).waves(4).run(&gpu)? == sum);
+    ensure!(count(&gpu, region, Place::Vram)? == 0, "pages of the file");
+    oracle::write(region.part(0, half), SEED);
+    let moved = migrate(&gpu, region, Place::Vram)?;
+    ensure!((moved.moved, moved.stayed) == (pages, pages), "{moved:?}");
+    ensure_place(&gpu, region.part(0, half), Place::Vram)?;
+    ensure!(Job::sum(region).waves(4).run(&gpu)? == sum);
+    oracle::write(region, SEED);
+    let moved = move_all(&gpu, region, Place::Vram)?;
+    // The CPU's stores have brought the first half home.
+    ensure!(moved.moved == 2 * pages, "{moved:?}");
+    Job::add(region, 1).waves(4).run(&gpu)?;
+    oracle::check(region, SEED, 1)?;
+    ensure_file(&file, 0)
+}
+
+/// What a request does not move, it leaves as it is.
+fn memory_that_stays_is_not_mapped_by_a_request() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let file = file()?;
+    for backing in [
+        Backing::Shared,
+        Backing::File(&file),
+        Backing::FilePrivate(&file),
+    ] {
+        let region = Region::map(LENGTH, backing)?;
+        // A load of each page, which leaves those of a private file the file's.
+        ensure!(
+            (0..region.words())
+                .step_by(PAGE_SIZE / 8)
+                .all(|word| region.load(word) != 1)
+        );
+        let moved = migrate(&gpu, region, Place::Vram)?;
+        ensure!(moved.stayed as usize == region.pages().count(), "{moved:?}");
+        let states = gpu.query(region.pages())?;
+        let mapped = states.iter().position(|page| page.gpu.place != Place::None);
+        ensure!(mapped.is_none(), "{backing:?}: page {mapped:?} is mapped");
+    }
+    ensure!(gpu.stats()?.pages_mapped == 0);
+    Ok(())
 }
 
 fn read_only_private_file_is_read_where_it_is() -> Result<()> {

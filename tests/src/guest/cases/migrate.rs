@@ -8,8 +8,8 @@ use crate::guest::{
     place::{count, ensure_place, migrate, move_all, places, state},
 };
 use anyhow::{Context, Result, ensure};
-use farfault::arena::{Backing, Region};
-use farfault::{Gpu, HUGE_PAGE_SIZE, Moved, PAGE_SIZE, Place};
+use farfault::arena::{Backing, Protection, Region};
+use farfault::{Advice, Gpu, HUGE_PAGE_SIZE, Moved, PAGE_SIZE, Place};
 use std::fs;
 
 group! { "migrate", on Small, seconds 60:
@@ -25,6 +25,8 @@ group! { "migrate", on Small, seconds 60:
     cpu_touch_of_a_huge_page_brings_the_data_home,
     pages_moved_to_and_fro_while_a_job_runs_keep_their_data,
     stats_of_moves_count_the_pages,
+    inaccessible_memory_never_touched_stays_empty,
+    looks_at_pages_elsewhere_make_none_of_what_was_never_touched,
 }
 
 const SEED: u64 = 0x316a;
@@ -295,6 +297,77 @@ fn pages_scattered_over_vram_come_home_in_one_request() -> Result<()> {
         ensure!(pieces > PAGES / 2, "the pages lie in {pieces} pieces");
         move_all(&gpu, region, Place::Ram)?;
         oracle::check(region, SEED + round, 0)?;
+    }
+    Ok(())
+}
+
+fn inaccessible_memory_never_touched_stays_empty() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    for backing in [Backing::Small, Backing::Huge] {
+        let region = Region::map(2 * HUGE_PAGE_SIZE, backing)?;
+        region.protect(Protection::None)?;
+        let moved = migrate(&gpu, region, Place::Vram)?;
+        let pages = region.pages().count();
+        ensure!(moved.stayed == pages as u64, "{backing:?}: {moved:?}");
+        region.protect(Protection::ReadWrite)?;
+        ensure_place(&gpu, region, Place::None)?;
+        ensure!(region.load(pages) == 0);
+    }
+    ensure!(gpu.stats()?.pages_to_vram == 0);
+    Ok(())
+}
+
+/// What the driver has seen of other memory means nothing for the next.
+fn looks_at_pages_elsewhere_make_none_of_what_was_never_touched() -> Result<()> {
+    const TOUCHED: usize = 100;
+    let gpu = Gpu::open_first()?;
+    let full = Region::map(4 * HUGE_PAGE_SIZE, Backing::Small)?;
+    oracle::write(full, SEED);
+    let fault = |gpu: &Gpu, region: Region| {
+        let page = region.part(TOUCHED * PAGE_SIZE, PAGE_SIZE);
+        Job::sum(page).run(gpu).map(drop)
+    };
+    type Act<'a> = &'a dyn Fn(&Gpu, Region) -> Result<()>;
+    let acts: [(&str, Backing<'_>, Act<'_>, usize); 5] = [
+        (
+            "asked home",
+            Backing::Small,
+            &|gpu, region| migrate(gpu, region, Place::Ram).map(drop),
+            0,
+        ),
+        (
+            "asked to VRAM, shared",
+            Backing::Shared,
+            &|gpu, region| migrate(gpu, region, Place::Vram).map(drop),
+            0,
+        ),
+        (
+            "looked at",
+            Backing::Small,
+            &|gpu, region| gpu.query(region.pages()).map(drop).map_err(Into::into),
+            0,
+        ),
+        ("used by the GPU", Backing::Small, &fault, 1),
+        (
+            "used by the GPU where it is",
+            Backing::Small,
+            &|gpu, region| {
+                gpu.advise(region.pages(), Advice::MapOnly)?;
+                fault(gpu, region)
+            },
+            1,
+        ),
+    ];
+    for (what, backing, act, pages) in acts {
+        let empty = Region::map(full.length(), backing)?;
+        for place in [Place::Ram, Place::Vram] {
+            move_all(&gpu, full, place)?;
+        }
+        gpu.query(full.pages())?;
+        act(&gpu, empty)?;
+        let there = empty.pages().count() - count(&gpu, empty, Place::None)?;
+        ensure!(there == pages, "{what}: {there} pages are there");
+        empty.unmap()?;
     }
     Ok(())
 }
