@@ -8,10 +8,10 @@ use crate::guest::{
     oracle,
     place::{count, ensure_place, migrate, move_all},
 };
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
-    Gpu, HUGE_PAGE_SIZE, Place,
+    Advice, Gpu, HUGE_PAGE_SIZE, Kernel, PAGE_SIZE, Place,
     process::{Ended, fork},
 };
 
@@ -19,6 +19,8 @@ group! { "eviction", on Small, seconds 300:
     huge_pages_of_twice_the_vram_make_the_round_trip,
     small_pages_of_twice_the_vram_make_the_round_trip,
     request_for_more_than_vram_moves_what_fits,
+    requests_for_a_few_pages_each_of_more_than_vram_move_what_fits,
+    tables_of_many_descriptors_find_room_in_full_vram,
     block_in_use_stays_while_others_go,
     pages_that_are_not_where_they_were_put_make_room,
     several_processes_share_vram_and_keep_their_data,
@@ -74,6 +76,53 @@ fn request_for_more_than_vram_moves_what_fits() -> Result<()> {
         region.unmap()?;
     }
     Ok(())
+}
+
+/// No request takes a whole block of VRAM.
+fn requests_for_a_few_pages_each_of_more_than_vram_move_what_fits() -> Result<()> {
+    const PART: usize = 64 * PAGE_SIZE;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(VRAM as usize * 3 / 2, Backing::Small)?;
+    oracle::write(region, SEED);
+    for offset in (0..region.length()).step_by(PART) {
+        migrate(&gpu, region.part(offset, PART), Place::Vram)?;
+    }
+    let in_vram = count(&gpu, region, Place::Vram)? as u64;
+    ensure!(in_vram * 2 * PAGE_SIZE as u64 > VRAM, "{in_vram}");
+    oracle::check(region, SEED, 0)
+}
+
+/// More tables than there are in one block of VRAM.
+fn tables_of_many_descriptors_find_room_in_full_vram() -> Result<()> {
+    const DESCRIPTORS: usize = 12;
+    const LINKS: usize = 48;
+    let gpu = Gpu::open_first()?;
+    let full = Region::map(VRAM as usize, Backing::Small)?;
+    oracle::write(full, SEED);
+    migrate(&gpu, full, Place::Vram)?;
+    // Each link needs a table of its own.
+    let sparse = Region::map(LINKS * HUGE_PAGE_SIZE, Backing::Small)?;
+    let link = |number: usize| sparse.part(number % LINKS * HUGE_PAGE_SIZE, PAGE_SIZE);
+    for number in 0..LINKS {
+        link(number).store(0, link(number + 1).address());
+    }
+    let first = link(0).address();
+    let chase = Job::new(Kernel::PointerChase, [first, LINKS as u64, 0, 0]);
+    let mut others = Vec::new();
+    for number in 0..DESCRIPTORS {
+        let other = Gpu::open_first()?;
+        other.advise(sparse.pages(), Advice::MapOnly)?;
+        let end = chase.run(&other);
+        ensure!(end.with_context(|| format!("descriptor {number}"))? == first);
+        others.push(other);
+    }
+    let evicted = gpu.stats()?.pages_evicted;
+    ensure!(evicted > 0, "there was room: this test shows nothing");
+    for other in &others {
+        ensure!(chase.run(other)? == first);
+    }
+    Job::add(full, 1).waves(8).run(&gpu)?;
+    oracle::check(full, SEED, 1)
 }
 
 fn block_in_use_stays_while_others_go() -> Result<()> {

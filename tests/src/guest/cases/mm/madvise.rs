@@ -22,6 +22,7 @@ group! { "mm::madvise", gpus 1, seconds 60:
     free_then_only_read_by_the_gpu_goes,
     free_then_written_by_the_gpu_is_kept,
     free_then_written_by_the_gpu_in_vram_is_kept_in_ram,
+    free_then_moved_by_one_request_and_written_by_the_gpu_is_kept,
     cold_and_pageout_keep_the_data,
     willneed_keeps_the_data,
     hugepage_and_nohugepage_keep_the_data,
@@ -185,6 +186,24 @@ fn free_then_written_by_the_gpu_in_vram_is_kept_in_ram() -> Result<()> {
         region.advise(Advice::PageOut)?;
         ensure_words(region, 7)
             .with_context(|| format!("{backing:?}, asked: {asked}, read before: {read}"))?;
+    }
+    Ok(())
+}
+
+/// Over many times 2 MiB, which a new descriptor has mapped by the request alone. As above, it shows in
+/// pages of VRAM that nobody has had.
+fn free_then_moved_by_one_request_and_written_by_the_gpu_is_kept() -> Result<()> {
+    for backing in [Backing::Huge, Backing::Small] {
+        let gpu = Gpu::open_first()?;
+        let region = Region::map(13 * HUGE_PAGE_SIZE, backing)?;
+        oracle::write(region, SEED);
+        region.advise(Advice::Free)?;
+        gpu.migrate(region.pages(), Place::Vram)?;
+        Job::fill(region, 7).waves(2).run(&gpu)?;
+        gpu.migrate(region.pages(), Place::Ram)?;
+        region.advise(Advice::PageOut)?;
+        ensure_words(region, 7).with_context(|| format!("{backing:?}"))?;
+        region.unmap()?;
     }
     Ok(())
 }
