@@ -129,6 +129,38 @@ fn fill_with_zero_zeroes_exactly_and_uses_no_memory_of_its_own() {
 }
 
 #[test]
+fn whatever_was_stored_in_vram_is_zeroed() {
+    const LENGTH: u64 = 64 * KIB;
+    let ways: [(&str, fn(&mut Rig)); 4] = [
+        ("copied from RAM", |rig| {
+            rig.set_ram_word(0, !0);
+            assert_eq!(rig.copy(&[upload(0, 0, LENGTH)]).0, Status::Ok);
+        }),
+        ("copied from VRAM", |rig| {
+            rig.set_vram_word(4 * MIB, !0);
+            let run = CopyRun {
+                source_aperture: CopyAperture::Vram.raw(),
+                ..upload(4 * MIB, 0, LENGTH)
+            };
+            assert_eq!(rig.copy(&[run]).0, Status::Ok);
+        }),
+        ("filled", |rig| {
+            assert_eq!(rig.copy(&[fill(!0, 0, LENGTH)]).0, Status::Ok);
+        }),
+        ("written as a page table", |rig| {
+            rig.write_pte(VramAddr::new(0), !0);
+        }),
+    ];
+    for (way, store) in ways {
+        let mut rig = Rig::new();
+        store(&mut rig);
+        assert_eq!(rig.vram_word(0), !0, "{way}");
+        assert_eq!(rig.copy(&[fill(0, 0, LENGTH)]).0, Status::Ok);
+        assert_eq!(rig.vram_word(0), 0, "{way}");
+    }
+}
+
+#[test]
 fn runs_wrong_are_refused_with_their_index_and_nothing_moves() {
     let mut rig = Rig::new();
     let good = fill(!0, 0, 64);
