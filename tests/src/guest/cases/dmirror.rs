@@ -25,6 +25,7 @@ group! { "dmirror", on Mirrors, seconds 60:
     snapshot_tells_places_and_rights,
     migration_moves_pages_and_copies_what_it_moved,
     exclusive_pages_are_told_until_the_cpu_touches_one,
+    exclusive_page_is_told_anywhere_in_a_long_range_and_not_beside_it,
     arguments_that_mean_nothing_are_refused,
     read_from_the_middle_of_a_huge_page_in_vram_is_right,
     two_nodes_have_their_own_memory,
@@ -227,6 +228,42 @@ fn exclusive_pages_are_told_until_the_cpu_touches_one() -> Result<()> {
     shared.store(0, 1);
     let refused = mirror.call(Action::Exclusive, shared, buffer);
     ensure!(refused.is_err(), "{refused:?}");
+    Ok(())
+}
+
+fn exclusive_page_is_told_anywhere_in_a_long_range_and_not_beside_it() -> Result<()> {
+    const PAGES: usize = HUGE_PAGE_SIZE / PAGE_SIZE;
+    let mirror = Mirror::open(0)?;
+    let region = written(4 * HUGE_PAGE_SIZE, Backing::Small)?;
+    let buffer = Region::map(region.length(), Backing::Small)?;
+    let pages = |from: usize, to: usize| region.part(from * PAGE_SIZE, (to - from) * PAGE_SIZE);
+    let check = |from, to| mirror.call(Action::CheckExclusive, pages(from, to), buffer);
+    // The range neither begins nor ends where 2 MiB do.
+    let (first, end) = (PAGES / 2, 3 * PAGES + PAGES / 2);
+    for page in [first, PAGES, 2 * PAGES - 1, 2 * PAGES, end - 1] {
+        mirror.call(Action::Exclusive, pages(page, page + 1), buffer)?;
+        for (from, to) in [(first, end), (first, page + 1), (page, end)] {
+            let told = check(from, to);
+            ensure!(told == Err(Errno::PERM), "page {page} in {from}..{to}");
+        }
+        for (from, to) in [
+            (first, page),
+            (page + 1, end),
+            (0, page),
+            (page + 1, 4 * PAGES),
+        ] {
+            let told = (from < to).then(|| check(from, to));
+            ensure!(
+                told.is_none_or(|told| told.is_ok()),
+                "page {page}, {from}..{to}: {told:?}"
+            );
+        }
+        region.store(page * PAGE_SIZE / 8, 1);
+        ensure!(
+            check(0, 4 * PAGES).is_ok(),
+            "page {page} is the CPU's again"
+        );
+    }
     Ok(())
 }
 

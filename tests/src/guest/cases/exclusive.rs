@@ -79,7 +79,7 @@ fn exclusive(gpu: &Gpu, region: Region) -> Result<usize> {
     Ok(states.iter().filter(|state| is_exclusive(state)).count())
 }
 
-fn ensure_all_exclusive(gpu: &Gpu, region: Region) -> Result<()> {
+pub(super) fn ensure_all_exclusive(gpu: &Gpu, region: Region) -> Result<()> {
     let states = gpu.query(region.pages())?;
     let other = states.iter().position(|state| !is_exclusive(state));
     ensure!(

@@ -2,10 +2,11 @@
 //! Atomics on memory that the GPU can have for itself, next to memory that it cannot, or beside somebody else who
 //! takes pages, too.
 
+use super::exclusive::ensure_all_exclusive;
 use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
     oracle,
-    place::{migrate, state},
+    place::{migrate, move_all, state},
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -14,6 +15,7 @@ use farfault::{Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place, stage, uapi::JobSt
 group! { "exclusive", on Small, seconds 90:
     page_next_to_shared_memory_is_the_gpus_alone_and_follows_when_it_moves,
     page_that_another_descriptor_takes_is_taken_from_the_first,
+    pages_taken_stay_so_while_others_move_to_and_fro,
 }
 
 const SEED: u64 = 0xe8c2;
@@ -90,4 +92,37 @@ fn page_that_another_descriptor_takes_is_taken_from_the_first() -> Result<()> {
         Job::add(region, 1).run(takes).context("who took it")?;
     }
     oracle::check(region, SEED, 12)
+}
+
+/// The range of a migration has pages that the GPU has for itself, or begins and ends beside them. (Of a huge page, the
+/// kernel would split what they share.)
+fn pages_taken_stay_so_while_others_move_to_and_fro() -> Result<()> {
+    const FROM: usize = 64 * PAGE_SIZE;
+    const UP_TO: usize = 128 * PAGE_SIZE;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(HUGE_PAGE_SIZE, Backing::Small)?;
+    gpu.advise(region.pages(), Advice::MapOnly)?;
+    oracle::write(region, SEED);
+    let taken = region.part(FROM, UP_TO - FROM);
+    let sides = [
+        region.part(0, FROM),
+        region.part(UP_TO, HUGE_PAGE_SIZE - UP_TO),
+    ];
+    gpu.make_exclusive(taken.pages())?;
+    for round in 1..=3 {
+        let context = |what| move || format!("{what}, round {round}");
+        for side in sides {
+            move_all(&gpu, side, Place::Vram)?;
+            ensure_all_exclusive(&gpu, taken).with_context(context("to VRAM beside it"))?;
+        }
+        Job::add(region, 1).waves(4).run(&gpu)?;
+        let home = migrate(&gpu, region, Place::Ram)?;
+        let others = region.pages().count() - taken.pages().count();
+        ensure!(home.moved == others as u64, "round {round}: {home:?}");
+        ensure_all_exclusive(&gpu, taken).with_context(context("home around it"))?;
+        let still = migrate(&gpu, taken, Place::Ram)?;
+        ensure!(still.moved == 0, "round {round}: {still:?}");
+        ensure_all_exclusive(&gpu, taken).with_context(context("home itself"))?;
+    }
+    oracle::check(region, SEED, 3)
 }

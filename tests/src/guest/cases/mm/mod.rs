@@ -32,6 +32,7 @@ mod swap;
 mod userfault;
 mod userfaultfd;
 mod userfaultfd_files;
+mod userfaultfd_parts;
 mod writeback;
 mod zones;
 
@@ -53,6 +54,7 @@ pub(super) const GROUPS: &[&[Case]] = &[
     compaction::CASES,
     userfaultfd::CASES,
     userfaultfd_files::CASES,
+    userfaultfd_parts::CASES,
     proc::CASES,
     memcg::CASES,
     access::CASES,

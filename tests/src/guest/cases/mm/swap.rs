@@ -31,6 +31,7 @@ use std::fs::File;
 group! { "mm::swap", on Disk, seconds 120:
     mirrored_pages_swapped_out_come_back_by_the_gpus_fault,
     gpu_writes_to_pages_that_came_back_clean_survive_swap,
+    gpu_writes_to_pages_that_came_back_clean_and_were_taken_survive_swap,
     gpu_writes_to_shared_memory_that_was_only_read_survive_swap,
     gpu_writes_to_a_huge_page_of_a_file_survive_swap,
     pages_in_vram_are_not_swapped_and_are_once_home,
@@ -136,6 +137,22 @@ fn gpu_writes_to_pages_that_came_back_clean_survive_swap() -> Result<()> {
             ensure_sum(gpu, region, 0, added).with_context(|| format!("{back:?}"))?;
         }
         Ok(())
+    })
+}
+
+/// Taken from the CPU, they are written without a fault; a CPU that then only reads has no reason to think that
+/// they were.
+fn gpu_writes_to_pages_that_came_back_clean_and_were_taken_survive_swap() -> Result<()> {
+    each_swap(&MIRRORED, |gpu, region, _| {
+        swap_out(region)?;
+        oracle::check(region, SEED, 0)?;
+        gpu.make_exclusive(region.pages())?;
+        let faults = gpu.stats()?.gpu_faults;
+        Job::add(region, 1).waves(2).run(gpu)?;
+        ensure!(gpu.stats()?.gpu_faults == faults, "it was not taken");
+        oracle::check(region, SEED, 1)?;
+        swap_out(region)?;
+        exercise(gpu, region, 0, 1)
     })
 }
 
