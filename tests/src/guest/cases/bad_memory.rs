@@ -8,6 +8,7 @@ use crate::guest::{
 use anyhow::{Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
 use farfault::{Access, Advice, Gpu, Kernel, PAGE_SIZE, uapi::JobStatus};
+use rustix::io::Errno;
 use std::time::Duration;
 
 group! { "bad_memory", on Small, seconds 60:
@@ -21,9 +22,14 @@ group! { "bad_memory", on Small, seconds 60:
     failing_job_leaves_others_alone_that_fault_next_to_it,
     loads_beside_a_store_that_is_refused_go_on,
     chase_into_nowhere_fails_there,
+    chase_beyond_user_space_fails_there,
+    words_up_to_the_end_of_user_space_are_submitted_and_none_beyond,
+    copy_of_neighbours_is_right_and_of_overlapping_words_refused,
 }
 
 const PAGE: u64 = PAGE_SIZE as u64;
+/// Behind the last page that a process can have.
+const USER_END: u64 = (1 << 47) - PAGE;
 
 /// Jobs that do all kinds of access to a region's first page, and the access.
 fn jobs_on(region: Region) -> [(Job, Access); 5] {
@@ -83,7 +89,7 @@ fn address_beyond_user_space_fails_with_address_and_access() -> Result<()> {
         let sum = Job::new(Kernel::Sum, [address, PAGE, 0, 0]);
         match sum.submit(&gpu) {
             // A driver may know at once that this can't work.
-            Err(rustix::io::Errno::INVAL) => {}
+            Err(Errno::INVAL) => {}
             Err(errno) => anyhow::bail!("SUBMIT on {address:#x}: {errno:?}"),
             Ok(fence) => {
                 let end = call::wait(&gpu, fence, call::JOB_TIME)?;
@@ -164,7 +170,7 @@ fn failing_job_leaves_others_alone() -> Result<()> {
         call::ensure_status(&end, JobStatus::Ok)?;
         ensure!(good.load(round) == round as u64 + 1);
     }
-    ensure!(call::wait(&gpu, endless, Duration::ZERO) == Err(rustix::io::Errno::TIMEDOUT));
+    ensure!(call::wait(&gpu, endless, Duration::ZERO) == Err(Errno::TIMEDOUT));
     call::kill(&gpu, endless)?;
     let end = call::wait(&gpu, endless, call::JOB_TIME)?;
     call::ensure_status(&end, JobStatus::Killed)
@@ -209,6 +215,115 @@ fn chase_into_nowhere_fails_there() -> Result<()> {
     let chase = |steps| Job::new(Kernel::PointerChase, [region.address(), steps, 0, 0]);
     ensure!(chase(2).run(&gpu)? == nowhere.address() + 16);
     chase(3).fails_at(&gpu, nowhere.address(), Access::Read)
+}
+
+/// What the GPU reads is an address that no SUBMIT has seen: the first behind user space, of the kernel's, and of
+/// more bits than page tables or processors have.
+fn chase_beyond_user_space_fails_there() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(PAGE_SIZE, Backing::Small)?;
+    let chase = |steps| Job::new(Kernel::PointerChase, [region.address(), steps, 0, 0]);
+    for page in [
+        USER_END,
+        1 << 47,
+        (1 << 48) - PAGE,
+        1 << 48,
+        1 << 63,
+        0xffff_8000_0000_0000,
+        0xffff_8880_0000_0000,
+        0u64.wrapping_sub(PAGE),
+    ] {
+        for offset in [0, 16, PAGE - 8] {
+            region.store(0, page + offset);
+            ensure!(chase(1).run(&gpu)? == page + offset);
+            chase(2).fails_at(&gpu, page, Access::Read)?;
+        }
+    }
+    Ok(())
+}
+
+fn words_up_to_the_end_of_user_space_are_submitted_and_none_beyond() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let good = Region::map(2 * PAGE_SIZE, Backing::Small)?.address();
+    let last = USER_END - PAGE;
+    // From an address on, as many bytes as that; of atomics and chases, a word.
+    let jobs = |address: u64, length: u64| {
+        let word = (length == 8).then_some([
+            (Job::atomic_add(address, 1, 1), Access::Atomic),
+            (
+                Job::new(Kernel::CompareAndSwap, [address, 0, 1, 0]),
+                Access::Atomic,
+            ),
+            (
+                Job::new(Kernel::PointerChase, [address, 1, 0, 0]),
+                Access::Read,
+            ),
+        ]);
+        let long = [
+            (Job::new(Kernel::Sum, [address, length, 0, 0]), Access::Read),
+            (
+                Job::new(Kernel::Fill, [address, length, 1, 0]),
+                Access::Write,
+            ),
+            (
+                Job::new(Kernel::Add, [address, length, 1, 0]),
+                Access::Write,
+            ),
+            (
+                Job::new(Kernel::Copy, [address, good, length, 0]),
+                Access::Write,
+            ),
+            (
+                Job::new(Kernel::Copy, [good, address, length, 0]),
+                Access::Read,
+            ),
+        ];
+        long.into_iter().chain(word.into_iter().flatten())
+    };
+    for length in [8, PAGE] {
+        for (job, access) in jobs(USER_END - length, length) {
+            // Nothing is mapped there.
+            job.fails_at(&gpu, last, access)?;
+        }
+        for beyond in [8, length, PAGE, 1 << 47, 1 << 63] {
+            for (job, _) in jobs(USER_END - length + beyond, length) {
+                let refused = job.submit(&gpu);
+                ensure!(refused == Err(Errno::INVAL), "{job:x?}: {refused:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn copy_of_neighbours_is_right_and_of_overlapping_words_refused() -> Result<()> {
+    const LENGTH: u64 = 2 * PAGE;
+    let gpu = Gpu::open_first()?;
+    let region = Region::map(6 * PAGE_SIZE, Backing::Small)?;
+    let part = |from: u64| region.part(from as usize, LENGTH as usize);
+    let from = 2 * PAGE;
+    let copy = |to| {
+        let (to, from) = (region.address() + to, region.address() + from);
+        Job::new(Kernel::Copy, [to, from, LENGTH, 0])
+    };
+    for neighbour in [from - LENGTH, from + LENGTH] {
+        oracle::write(region, neighbour);
+        copy(neighbour).run(&gpu)?;
+        let first = from as usize / 8;
+        for held in [from, neighbour] {
+            oracle::check_part(part(held), neighbour, first, 0)?;
+        }
+    }
+    for overlapping in [
+        from - LENGTH + 8,
+        from - 8,
+        from,
+        from + 8,
+        from + LENGTH - 8,
+    ] {
+        let refused = copy(overlapping).submit(&gpu);
+        ensure!(refused == Err(Errno::INVAL), "{overlapping}: {refused:?}");
+    }
+    Ok(())
 }
 
 /// Of the same page, and at the same time: the device has one fault for all of them.

@@ -26,6 +26,7 @@ group! { "mm::mprotect", gpus 1, seconds 60:
     part_of_the_pages_made_read_only_leaves_the_rest,
     gpu_write_on_read_only_memory_fails_alone_with_its_address,
     read_only_memory_of_every_kind_fails_gpu_writes,
+    inaccessible_memory_of_every_kind_fails_gpu_reads,
     none_during_a_job_that_reads_ends_it,
     read_only_during_a_job_that_writes_ends_it,
     memory_that_begins_read_only_is_written_after_it_may_be,
@@ -150,10 +151,14 @@ fn memory_that_begins_read_only_is_written_after_it_may_be() -> Result<()> {
     super::start::ensure_words(region, 1)
 }
 
-/// Memory of other kinds is faulted in by other ways, each of which has to know its rights.
-fn read_only_memory_of_every_kind_fails_gpu_writes() -> Result<()> {
+/// Memory of other kinds is faulted in by other ways, each of which has to know its rights. Each kind, watched by a
+/// userfaultfd or not, written or not, loses its rights; `check` sees its first page then, and has them given back.
+fn each_kind(
+    protection: Protection,
+    check: impl Fn(&Gpu, Region, &dyn Fn() -> Result<()>) -> Result<()>,
+) -> Result<()> {
     let gpu = Gpu::open_first()?;
-    let file = File::from(memfd_create("read-only", MemfdFlags::CLOEXEC)?);
+    let file = File::from(memfd_create("protected", MemfdFlags::CLOEXEC)?);
     file.set_len(HUGE_PAGE_SIZE as u64)?;
     let _pool = huge_page_pool(2)?;
     let kinds = [
@@ -166,32 +171,22 @@ fn read_only_memory_of_every_kind_fails_gpu_writes() -> Result<()> {
     for kind in kinds {
         for watched in [None, Some(MISSING), Some(WRITE_PROTECT)] {
             for written in [true, false] {
+                if !written && watched == Some(MISSING) {
+                    // It would wait for the handler.
+                    continue;
+                }
                 let region = Region::map(HUGE_PAGE_SIZE, kind)?;
                 if written {
                     region.store(0, 7);
-                } else if watched == Some(MISSING) {
-                    // It would wait for the handler.
-                    region.unmap()?;
-                    continue;
                 }
                 let userfault = Userfault::new()?;
                 if let Some(mode) = watched {
                     userfault.register(region, mode)?;
                 }
-                region.protect(Protection::Read)?;
-                let page = region.part(0, PAGE_SIZE);
-                let what = || format!("{kind:?}, watched {watched:?}, written {written}");
-                Job::fill(page, 1)
-                    .fails_at(&gpu, page.address(), Access::Write)
-                    .with_context(what)?;
-                Job::atomic_add(page.address(), 1, 1)
-                    .fails_at(&gpu, page.address(), Access::Atomic)
-                    .with_context(what)?;
-                let word = Job::sum(page).run(&gpu).with_context(what)?;
-                ensure!(word == page.load(0), "{}", what());
-                region.protect(Protection::ReadWrite)?;
-                Job::add(page, 1).run(&gpu).with_context(what)?;
-                ensure!(page.load(0) == word.wrapping_add(1), "{}", what());
+                region.protect(protection)?;
+                let give_back = || Ok(region.protect(Protection::ReadWrite)?);
+                check(&gpu, region.part(0, PAGE_SIZE), &give_back)
+                    .with_context(|| format!("{kind:?}, watched {watched:?}, written {written}"))?;
                 region.unmap()?;
                 file.set_len(0)?;
                 file.set_len(HUGE_PAGE_SIZE as u64)?;
@@ -199,4 +194,31 @@ fn read_only_memory_of_every_kind_fails_gpu_writes() -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn read_only_memory_of_every_kind_fails_gpu_writes() -> Result<()> {
+    each_kind(Protection::Read, |gpu, page, give_back| {
+        Job::fill(page, 1).fails_at(gpu, page.address(), Access::Write)?;
+        Job::atomic_add(page.address(), 1, 1).fails_at(gpu, page.address(), Access::Atomic)?;
+        let word = Job::sum(page).run(gpu)?;
+        ensure!(word == page.load(0));
+        give_back()?;
+        Job::add(page, 1).run(gpu)?;
+        ensure!(page.load(0) == word.wrapping_add(1));
+        Ok(())
+    })
+}
+
+fn inaccessible_memory_of_every_kind_fails_gpu_reads() -> Result<()> {
+    each_kind(Protection::None, |gpu, page, give_back| {
+        Job::sum(page).fails_at(gpu, page.address(), Access::Read)?;
+        Job::fill(page, 1).fails_at(gpu, page.address(), Access::Write)?;
+        Job::atomic_add(page.address(), 1, 1).fails_at(gpu, page.address(), Access::Atomic)?;
+        give_back()?;
+        let word = page.load(0);
+        ensure!(word == 7 || word == 0, "a refused job has written {word}");
+        Job::add(page, 1).run(gpu)?;
+        ensure!(page.load(0) == word + 1);
+        Ok(())
+    })
 }
