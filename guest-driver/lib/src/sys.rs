@@ -18,6 +18,8 @@
 #[cfg(feature = "arena")]
 pub mod arena;
 #[cfg(feature = "arena")]
+mod compat;
+#[cfg(feature = "arena")]
 mod kernel_access;
 #[cfg(feature = "arena")]
 mod looker;

@@ -29,6 +29,7 @@ use std::{
 };
 
 pub use super::{
+    compat::call_at_of_32_bits,
     kernel_access::{Signaled, Traced},
     looker::{Looked, fork_that_looks},
     region::userfaultfd,

@@ -5,6 +5,7 @@ mod advise;
 mod bad_argument;
 mod bad_memory;
 mod bad_pointer;
+mod compat;
 mod counters;
 mod dmirror;
 mod eviction;
@@ -52,6 +53,7 @@ const GROUPS: &[&[Case]] = &[
     leaks::CASES,
     bad_argument::CASES,
     bad_pointer::CASES,
+    compat::CASES,
     huge_pages::CASES,
     two_gpus::CASES,
     dmirror::CASES,
