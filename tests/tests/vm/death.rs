@@ -18,7 +18,7 @@ use farfault_tests::guest::{
     DYING_LIMIT, Machine,
     programs::{DONE, HOLD_OPEN, READY},
     stages::{ACTING, AT_STAGE, COUNT_IN_RAM, FINE, HOLD_RAM, LOST, Stage, WAIT_FOR_SECOND},
-    waiting::{ROUNDS, WAIT_IN_PAIRS},
+    waiting::{ROUNDS, WAIT_IN_CROWDS, WAIT_IN_PAIRS},
 };
 use std::{
     thread,
@@ -54,6 +54,12 @@ macro_rules! cases {
                 machine: Machine::Dying,
                 after: After::Keep,
                 run: slow,
+            },
+            HostCase {
+                name: "lifecycle::device_stopped_while_its_queues_fill_up_answers_all_when_it_goes_on",
+                machine: Machine::TwoGpus,
+                after: After::Keep,
+                run: crowded,
             },
             HostCase {
                 name: "lifecycle::open_of_a_stopped_device_holds_nobody_up",
@@ -260,6 +266,26 @@ fn slow(vm: &mut Vm, machines: &Machines) -> Result<()> {
         }
     }
     let output = go_on(process, machines, COMMAND)?;
+    ensure!(output.stdout_text().contains(DONE), "{output:?}");
+    let said = vm.console()?;
+    let said = said.get(console..).context("the console shrank")?;
+    ensure!(!said.contains(LOSS), "{said}");
+    Ok(())
+}
+
+/// Whoever finds no room waits for it, as others do for their answers.
+fn crowded(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    const GPU: usize = 1;
+    let limit = machines.limit(COMMAND);
+    let console = vm.console()?.len();
+    let process = vm.spawn(&command(machines, &[WAIT_IN_CROWDS, &GPU.to_string()]))?;
+    process.wait_for(READY, limit)?;
+    vm.stop_device(GPU)?;
+    process.write_stdin(b"go\n")?;
+    process.wait_for(ACTING, limit)?;
+    thread::sleep(machines.limit(10 * MOMENT));
+    vm.continue_device(GPU)?;
+    let output = process.wait(limit)?.expect_success()?;
     ensure!(output.stdout_text().contains(DONE), "{output:?}");
     let said = vm.console()?;
     let said = said.get(console..).context("the console shrank")?;
