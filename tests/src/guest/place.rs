@@ -88,3 +88,13 @@ pub(crate) fn meminfo(name: &str) -> Result<u64> {
     let word = word.with_context(|| format!("meminfo has no {name}"))?;
     Ok(word.parse()?)
 }
+
+/// What the driver counts for the first GPU, whoever uses it.
+pub(crate) fn counted(name: &str) -> Result<u64> {
+    let text = fs::read_to_string("/sys/kernel/debug/farfault0/stats")?;
+    let number = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    let number = number.with_context(|| format!("the driver counts no {name}"))?;
+    Ok(number.parse()?)
+}

@@ -97,6 +97,17 @@ impl Region {
         Ok(Self { address, length })
     }
 
+    /// Maps new memory, of which there may be more than the machine has (`MAP_NORESERVE`).
+    pub fn reserve(length: usize) -> io::Result<Self> {
+        let length = length.next_multiple_of(PAGE_SIZE);
+        let address = take_addresses(length)?;
+        let at = with_exposed_provenance_mut(address);
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE | MapFlags::NORESERVE;
+        // SAFETY: Nothing is mapped there, or it fails.
+        unsafe { mm::mmap_anonymous(at, length, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+        Ok(Self { address, length })
+    }
+
     /// Keeps its pages in RAM (`mlock`).
     pub fn lock(self) -> io::Result<()> {
         // SAFETY: It changes no content.

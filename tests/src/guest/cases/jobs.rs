@@ -18,6 +18,7 @@ use rustix::{
 };
 use std::{
     collections::HashSet,
+    os::fd::AsFd,
     process::Command,
     sync::{
         Arc,
@@ -48,7 +49,7 @@ group! { "jobs", on Small, seconds 60:
     stats_after_a_wait_have_its_job,
 }
 
-fn ring() -> Result<Region> {
+pub(super) fn ring() -> Result<Region> {
     Ok(Region::map(4 * PAGE_SIZE, Backing::Small)?)
 }
 
@@ -65,7 +66,7 @@ fn killed(gpu: &Gpu, fence: u64) -> Result<()> {
 }
 
 /// Events of the descriptor within a time.
-fn events(gpu: &Gpu, within: Duration) -> Result<PollFlags> {
+pub(super) fn events(gpu: &impl AsFd, within: Duration) -> Result<PollFlags> {
     let mut descriptors = [PollFd::new(gpu, PollFlags::IN)];
     let within = Timespec::try_from(within)?;
     poll(&mut descriptors, Some(&within))?;

@@ -6,6 +6,7 @@ mod bad_argument;
 mod bad_memory;
 mod bad_pointer;
 mod compat;
+mod contexts;
 mod counters;
 mod dmirror;
 mod eviction;
@@ -26,6 +27,7 @@ mod races;
 mod smoke;
 mod two_gpus;
 mod unmap;
+mod waits;
 
 use super::Case;
 
@@ -50,6 +52,8 @@ const GROUPS: &[&[Case]] = &[
     process::CASES,
     owner::CASES,
     jobs::CASES,
+    waits::CASES,
+    contexts::CASES,
     leaks::CASES,
     bad_argument::CASES,
     bad_pointer::CASES,

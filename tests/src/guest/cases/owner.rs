@@ -1,18 +1,22 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A descriptor belongs to the address space that opened it: in the hands of others it does nothing.
 
+use super::{jobs::events, mm::start::eventually};
 use crate::guest::{
     call::{Job, ensure_every_call_fails, every_call},
     child::code,
-    oracle, programs,
+    oracle,
+    place::{counted, state},
+    programs,
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
-    Gpu, PAGE_SIZE,
+    Advice, Gpu, PAGE_SIZE,
     process::{Ended, fork},
 };
 use rustix::{
+    event::PollFlags,
     io::Errno,
     net::{
         AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -26,6 +30,7 @@ use std::{
     mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
     process::Command,
+    time::Duration,
 };
 
 group! { "owner", on Small, seconds 40:
@@ -34,6 +39,7 @@ group! { "owner", on Small, seconds 40:
     process_that_was_sent_the_descriptor_gets_eperm_from_every_call,
     descriptor_of_a_process_that_ended_gives_eperm,
     descriptor_inherited_through_exec_gives_eperm,
+    jobs_of_a_process_that_ended_fail_while_its_descriptor_is_open,
 }
 
 fn some_memory() -> Result<Region> {
@@ -112,6 +118,16 @@ pub(super) fn with_descriptor_of_child(
     after_its_end: bool,
     check: impl FnOnce(&OwnedFd) -> Result<()>,
 ) -> Result<()> {
+    let work = |gpu: &Gpu| Job::add(some_memory()?, 1).run(gpu).map(drop);
+    with_descriptor_of_child_that(work, after_its_end, check)
+}
+
+/// Likewise; before, the child works with it.
+fn with_descriptor_of_child_that(
+    works: impl FnOnce(&Gpu) -> Result<()>,
+    after_its_end: bool,
+    check: impl FnOnce(&OwnedFd) -> Result<()>,
+) -> Result<()> {
     let (here, there) = socketpair(
         AddressFamily::UNIX,
         SocketType::STREAM,
@@ -123,7 +139,7 @@ pub(super) fn with_descriptor_of_child(
     let child = fork(|| {
         code((|| {
             let gpu = Gpu::open_first()?;
-            Job::add(some_memory()?, 1).run(&gpu)?;
+            works(&gpu)?;
             send(&there, &gpu)?;
             Ok(from_parent.read_exact(&mut [0])?)
         })())
@@ -163,5 +179,31 @@ fn descriptor_inherited_through_exec_gives_eperm() -> Result<()> {
         .status()?;
     ensure!(status.success(), "{status}");
     // It is as good as before for its owner.
+    Job::add(some_memory()?, 1).run(&gpu).map(drop)
+}
+
+/// What the jobs work on has gone, and whoever could wait for them; nobody has closed the descriptor.
+fn jobs_of_a_process_that_ended_fail_while_its_descriptor_is_open() -> Result<()> {
+    const JOBS: u64 = 3;
+    let before = counted("jobs")?;
+    let works = |gpu: &Gpu| -> Result<()> {
+        for advice in [Advice::Default, Advice::MapOnly] {
+            let ring = some_memory()?;
+            gpu.advise(ring.pages(), advice)?;
+            Job::endless(ring).submit(gpu)?;
+        }
+        let word = some_memory()?;
+        gpu.advise(word.pages(), Advice::MapOnly)?;
+        Job::atomic_add(word.address(), 1, u64::MAX).submit(gpu)?;
+        let taken = || Ok(state(gpu, word, 0)?.gpu.atomic);
+        eventually("a page is the GPU's for its atomics", taken)
+    };
+    with_descriptor_of_child_that(works, true, |descriptor| {
+        eventually("jobs end", || Ok(counted("jobs")? == before + JOBS))?;
+        ensure!(events(descriptor, Duration::ZERO)? == PollFlags::IN);
+        check_eperm(descriptor)
+    })?;
+    // The last one has closed it, and left nothing that would be in the way.
+    let gpu = Gpu::open_first()?;
     Job::add(some_memory()?, 1).run(&gpu).map(drop)
 }

@@ -6,8 +6,9 @@ use crate::guest::{
     VRAM,
     call::{self, Job},
     cases::mm::start::eventually,
+    child::code,
     oracle,
-    place::{ensure_place, move_all},
+    place::{counted, ensure_place, move_all},
     programs,
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -47,6 +48,7 @@ group! { "process", on Small, seconds 90:
     kill_during_faults_ends_in_time,
     kill_during_migration_ends_in_time,
     kill_during_eviction_ends_in_time,
+    kill_during_a_migration_of_what_was_never_touched_ends_in_time,
     reopening_many_times_works,
     opening_many_times_without_a_call_works,
     opens_that_are_interrupted_use_up_no_context,
@@ -198,6 +200,30 @@ fn kill_during_migration_ends_in_time() -> Result<()> {
 
 fn kill_during_eviction_ends_in_time() -> Result<()> {
     kill_during(programs::EVICT_FOR_EVER)
+}
+
+/// So much that nobody could wait for its end. What does not fit into VRAM any more goes to RAM for the rest.
+fn kill_during_a_migration_of_what_was_never_touched_ends_in_time() -> Result<()> {
+    const LENGTH: usize = 64 << 30;
+    let before = counted("pages_to_vram")?;
+    let child = fork(|| {
+        code((|| {
+            let gpu = Gpu::open_first()?;
+            let region = Region::reserve(LENGTH)?;
+            gpu.migrate(region.pages(), Place::Vram)?;
+            Ok(())
+        })())
+    })?;
+    eventually("pages move", || Ok(counted("pages_to_vram")? != before))?;
+    let begin = Instant::now();
+    kill_process(child.pid().context("the child has no pid")?, Signal::KILL)?;
+    let ended = child.wait()?;
+    let took = begin.elapsed();
+    ensure!(
+        matches!(ended, Ended::Signaled(_)) && took < END,
+        "{ended:?} after {took:?}"
+    );
+    ensure_gpu_is_well()
 }
 
 fn reopening_many_times_works() -> Result<()> {

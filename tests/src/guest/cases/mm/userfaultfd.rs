@@ -12,7 +12,7 @@ use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
     child::code,
     oracle,
-    place::{ensure_place, migrate, move_all},
+    place::{counted, ensure_place, migrate, move_all},
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -477,10 +477,7 @@ fn process_on_a_page_nobody_serves_is_killed() -> Result<()> {
         before.elapsed()
     );
     // Its address space on the GPU is gone, too, while the descriptor is still there.
-    eventually("its memory is free", || {
-        let stats = std::fs::read_to_string("/sys/kernel/debug/farfault0/stats")?;
-        Ok(stats.lines().any(|line| line == "contexts 0"))
-    })?;
+    eventually("its memory is free", || Ok(counted("contexts")? == 0))?;
     drop(held);
     Ok(())
 }

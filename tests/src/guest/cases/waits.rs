@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! WAITs that last as long as their job, whatever happens to the process meanwhile.
+
+use super::jobs::ring;
+use crate::guest::call::{self, JOB_TIME, Job};
+use anyhow::{Context, Result, anyhow, ensure};
+use farfault::arena::{Backing, Call, Region, call_at};
+use farfault::{
+    Gpu, PAGE_SIZE,
+    uapi::{self, JobStatus},
+};
+use rustix::io::Errno;
+use std::{
+    process::{Child, Command},
+    sync::{Arc, atomic::AtomicBool},
+    thread,
+};
+
+group! { "jobs", on Small, seconds 60:
+    wait_of_any_length_ends_with_its_job_or_by_a_handled_signal,
+}
+
+/// Sends these signals to this process, some time between them.
+fn send(signals: &[&str]) -> Result<Child> {
+    let pid = std::process::id();
+    let lines = signals
+        .iter()
+        .map(|signal| format!("sleep 0.2; kill -{signal} {pid}"));
+    let script = lines.collect::<Vec<_>>().join("; ");
+    Ok(Command::new("/bin/sh").args(["-c", &script]).spawn()?)
+}
+
+/// Without a limit, with one whose milliseconds have 33 bits, and with the longest there is.
+fn wait_of_any_length_ends_with_its_job_or_by_a_handled_signal() -> Result<()> {
+    const MILLISECOND: i64 = 1_000_000;
+    const STOPS: [&str; 4] = ["STOP", "CONT", "STOP", "CONT"];
+    let handled = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGUSR1, handled)?;
+    let gpu = Gpu::open_first()?;
+    // The structure of the call: the job, the time, the result and so on.
+    let wait = Region::map(PAGE_SIZE, Backing::Small)?;
+    let again = || call_at(&gpu, uapi::Wait::NUMBER, wait.address());
+    for timeout in [-1, i64::MIN, (1 << 32) * MILLISECOND, i64::MAX] {
+        let fence = Job::endless(ring()?).submit(&gpu)?;
+        wait.store(0, fence);
+        wait.store(1, timeout as u64);
+        let mut sender = send(&[STOPS.as_slice(), &["USR1"]].concat())?;
+        let waited = again();
+        ensure!(waited == Err(Errno::INTR), "{timeout}: {waited:?}");
+        sender.wait()?;
+        let left = wait.load(1) as i64;
+        if timeout < 0 {
+            ensure!(left < 0, "{left} is left of no limit");
+        } else {
+            let least = timeout - JOB_TIME.as_nanos() as i64;
+            ensure!(
+                (least..timeout).contains(&left),
+                "{left} is left of {timeout}"
+            );
+        }
+        // For the rest of it, as a program would.
+        let waited = thread::scope(|scope| {
+            let killer = scope.spawn(|| -> Result<()> {
+                send(&STOPS)?.wait()?;
+                Ok(call::kill(&gpu, fence)?)
+            });
+            let waited = again();
+            killer.join().map_err(|_| anyhow!("a thread panicked"))??;
+            Ok::<_, anyhow::Error>(waited)
+        })?;
+        waited.with_context(|| format!("WAIT for what is left of {timeout}"))?;
+        let status = wait.load(4) as u32;
+        ensure!(
+            wait.load(0) == fence && status == JobStatus::Killed.raw(),
+            "{timeout}: the job ended with {status}"
+        );
+    }
+    Ok(())
+}
