@@ -8,7 +8,10 @@ use farfault::{
     arena::{self, Call, Region},
     uapi::{self, JobStatus},
 };
-use rustix::io::Errno;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
 use std::{os::fd::AsFd, time::Duration};
 
 /// No job of a test takes longer, on a slow kernel and a busy host either, except those that are meant to.
@@ -130,6 +133,14 @@ pub(crate) fn wait_for_ever(gpu: impl AsFd, fence: u64) -> Result<uapi::Wait, Er
         ..uapi::Wait::default()
     };
     call(gpu, wait)
+}
+
+/// Events of the descriptor within a time.
+pub(crate) fn events(gpu: impl AsFd, within: Duration) -> Result<PollFlags> {
+    let mut descriptors = [PollFd::new(&gpu, PollFlags::IN)];
+    let within = Timespec::try_from(within)?;
+    poll(&mut descriptors, Some(&within))?;
+    Ok(descriptors[0].revents())
 }
 
 /// Ends a job.

@@ -24,6 +24,7 @@ macro_rules! group {
 mod call;
 mod cases;
 mod child;
+pub mod ending;
 pub mod holding;
 pub mod leaving;
 mod load;
@@ -84,6 +85,7 @@ pub fn programs() -> impl Iterator<Item = &'static Program> {
     programs::PROGRAMS
         .iter()
         .chain(holding::PROGRAMS)
+        .chain(ending::PROGRAMS)
         .chain(leaving::PROGRAMS)
         .chain(waiting::PROGRAMS)
 }

@@ -89,12 +89,12 @@ pub(crate) fn meminfo(name: &str) -> Result<u64> {
     Ok(word.parse()?)
 }
 
-/// What the driver counts for the first GPU, whoever uses it.
-pub(crate) fn counted(name: &str) -> Result<u64> {
-    let text = fs::read_to_string("/sys/kernel/debug/farfault0/stats")?;
-    let number = text
+/// What the driver's debugfs counts of a GPU, by its number.
+pub(crate) fn driver_count(gpu: u32, name: &str) -> Result<u64> {
+    let text = fs::read_to_string(format!("/sys/kernel/debug/farfault{gpu}/stats"))?;
+    let value = text
         .lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    let number = number.with_context(|| format!("the driver counts no {name}"))?;
-    Ok(number.parse()?)
+    let value = value.with_context(|| format!("no {name} in\n{text}"))?;
+    Ok(value.parse()?)
 }

@@ -33,6 +33,7 @@ macro_rules! cases {
 
 cases! {
     hot_unplug_of_an_idle_device_and_plug_again_works,
+    number_of_an_unplugged_device_goes_to_the_next_one,
     hot_unplug_with_open_descriptors_revokes_them_and_brings_pages_home,
     hot_unplug_with_open_mirrors_revokes_them_and_brings_pages_home,
     hot_unplug_during_faults_ends_with_enodev_and_right_data,
@@ -74,6 +75,30 @@ fn hot_unplug_of_an_idle_device_and_plug_again_works(
     let gone = "! ls /dev/farfault* /dev/hmm_dmirror* 2>/dev/null";
     shell(vm, machines, gone, COMMAND)?.expect_success()?;
     plug(vm, machines, 1)?;
+    works(vm, machines)
+}
+
+fn number_of_an_unplugged_device_goes_to_the_next_one(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    let nodes = |vm: &mut Vm, expected: &str| -> Result<()> {
+        let line = "cd /dev; stat -c '%a %n' farfault* hmm_dmirror?";
+        let output = shell(vm, machines, line, COMMAND)?.expect_success()?;
+        let is = output.stdout_text();
+        let is = is.lines().collect::<Vec<_>>().join(", ");
+        ensure!(is == expected, "nodes are {is}, and should be {expected}");
+        Ok(())
+    };
+    let both = "666 farfault0, 666 farfault1, 600 hmm_dmirror0, 600 hmm_dmirror1";
+    let other = plug(vm, machines, 2)?;
+    nodes(vm, both)?;
+    vm.unplug_gpu(0)?;
+    nodes(vm, "666 farfault1, 600 hmm_dmirror1")?;
+    plug(vm, machines, 2)?;
+    nodes(vm, both)?;
+    vm.unplug_gpu(other)?;
+    nodes(vm, "666 farfault0, 600 hmm_dmirror0")?;
     works(vm, machines)
 }
 

@@ -7,9 +7,9 @@ use super::{
     inside::{command, ensure_lost_gpu_and_right_data, go_on, guest, shell, start},
     machines::{After, Machines},
 };
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
-    Machine,
+    Machine, VRAM,
     leaving::LEAVE_FOR_EVER,
     programs::{
         DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_CLOSED, HOLD_OPEN, KILL_FOR_EVER, LOSE_DRIVER,
@@ -60,6 +60,12 @@ pub(crate) const CASES: &[HostCase] = &[
         machine: Machine::Small,
         after: After::Keep,
         run: unbind_and_bind_50_times_works,
+    },
+    HostCase {
+        name: "lifecycle::memory_range_and_statistics_come_and_go_with_the_driver",
+        machine: Machine::Small,
+        after: After::Keep,
+        run: memory_range_and_statistics_come_and_go_with_the_driver,
     },
     HostCase {
         name: "lifecycle::stores_to_vram_that_nobody_had_before_are_kept",
@@ -196,6 +202,63 @@ fn stores_to_vram_that_nobody_had_before_are_kept(vm: &mut Vm, machines: &Machin
     bind(vm, machines, &gpu)?;
     let case = "mm::madvise::free_then_written_by_the_gpu_in_vram_is_kept_in_ram";
     guest(vm, machines, &[case], COMMAND).map(drop)
+}
+
+/// The GPU's physical addresses, debugfs and nodes, each so often.
+fn ensure_shows(vm: &mut Vm, machines: &Machines, times: usize) -> Result<()> {
+    let line = "grep -c ' : farfault$' /proc/iomem || :; \
+                ls -d /sys/kernel/debug/farfault* 2>/dev/null | wc -l; \
+                ls /dev/farfault* 2>/dev/null | wc -l";
+    let shows = succeeds(vm, machines, line, COMMAND)?;
+    let expected = times.to_string();
+    ensure!(
+        shows.lines().count() == 3 && shows.lines().all(|count| count.trim() == expected),
+        "not {times} in iomem, debugfs, dev:\n{shows}"
+    );
+    Ok(())
+}
+
+/// Nothing has been counted since the driver was bound.
+fn ensure_counts_nothing(vm: &mut Vm, machines: &Machines) -> Result<()> {
+    let stats = succeeds(
+        vm,
+        machines,
+        "cat /sys/kernel/debug/farfault0/stats",
+        COMMAND,
+    )?;
+    let pages = VRAM / 4096;
+    for line in stats.lines() {
+        let (name, value) = line.split_once(' ').context("a line without a value")?;
+        let expected = match name {
+            "vram_pages" => pages,
+            "vram_blocks" => pages / 512,
+            _ => 0,
+        };
+        ensure!(value.parse() == Ok(expected), "{name} is {value}:\n{stats}");
+    }
+    Ok(())
+}
+
+fn memory_range_and_statistics_come_and_go_with_the_driver(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    for _ in 0..2 {
+        works(vm, machines)?;
+        ensure_shows(vm, machines, 1)?;
+        let gpu = unbind(vm, machines)?;
+        ensure_shows(vm, machines, 0)?;
+        bind(vm, machines, &gpu)?;
+        ensure_shows(vm, machines, 1)?;
+        ensure_counts_nothing(vm, machines)?;
+        works(vm, machines)?;
+        succeeds(vm, machines, "rmmod farfault", COMMAND)?;
+        ensure_shows(vm, machines, 0)?;
+        succeeds(vm, machines, &format!("insmod {MODULE}"), COMMAND)?;
+        ensure_shows(vm, machines, 1)?;
+        ensure_counts_nothing(vm, machines)?;
+    }
+    works(vm, machines)
 }
 
 fn unbind_and_bind_50_times_works(vm: &mut Vm, machines: &Machines) -> Result<()> {

@@ -3,13 +3,14 @@
 
 use super::{
     HostCase,
-    inside::{command, go_on, guest, shell, start},
+    inside::{command, ensure_nothing_left, go_on, guest, shell, start},
     machines::{After, Machines},
     sleep::rehearsal,
 };
 use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
     Machine, VRAM,
+    ending::{CLOSED, KEEP_FAILED},
     holding::HOLD_MAPPED,
     programs::{
         DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_OPEN, LOSE_MEMORY, MIGRATE_FOR_EVER, READY,
@@ -31,26 +32,34 @@ const SIGBUS: i32 = 7;
 const SIGTERM: i32 = 15;
 
 macro_rules! cases {
-    ($($name:ident,)*) => {
+    ($($after:ident $name:ident,)*) => {
         pub(crate) const CASES: &[HostCase] = &[$(HostCase {
             name: concat!("lifecycle::", stringify!($name)),
             machine: Machine::Small,
-            after: After::Keep,
+            after: After::$after,
             run: $name,
         },)*];
     };
 }
 
 cases! {
-    poisoned_page_kills_only_its_users_and_is_not_used_again,
-    pages_poisoned_under_load_are_not_used_again,
+    Keep poisoned_page_kills_only_its_users_and_is_not_used_again,
+    Keep pages_poisoned_under_load_are_not_used_again,
+    Keep poisoned_pages_of_a_closed_descriptor_keep_no_others_in_vram,
+    // The module stays loaded for the sake of lost pages.
+    GiveUp unbind_with_poisoned_pages_ends_and_loses_no_others,
 }
 
-/// What debugfs says of pages that are used no more.
-fn retired(vm: &mut Vm, machines: &Machines) -> Result<usize> {
-    let line = "sed -n 's/^vram_pages_retired //p' /sys/kernel/debug/farfault*/stats";
-    let output = shell(vm, machines, line, COMMAND)?.expect_success()?;
+/// What debugfs says of pages.
+fn pages(vm: &mut Vm, machines: &Machines, of: &str) -> Result<usize> {
+    let line = format!("sed -n 's/^vram_pages_{of} //p' /sys/kernel/debug/farfault*/stats");
+    let output = shell(vm, machines, &line, COMMAND)?.expect_success()?;
     Ok(output.stdout_text().trim().parse()?)
+}
+
+/// Pages that are used no more.
+fn retired(vm: &mut Vm, machines: &Machines) -> Result<usize> {
+    pages(vm, machines, "retired")
 }
 
 /// Waits until so many are used no more: the last who had them have ended.
@@ -95,8 +104,12 @@ fn bind_again(vm: &mut Vm, machines: &Machines) -> Result<()> {
 }
 
 /// A process some of whose pages in VRAM have failed, and which.
-fn lose_memory(vm: &mut Vm, machines: &Machines) -> Result<(GuestProcess, Vec<u64>)> {
-    let process = start(vm, machines, LOSE_MEMORY, READY)?;
+fn with_failed(
+    vm: &mut Vm,
+    machines: &Machines,
+    program: &str,
+) -> Result<(GuestProcess, Vec<u64>)> {
+    let process = start(vm, machines, program, READY)?;
     let said = process.stdout_so_far();
     let line = said.lines().find(|line| line.starts_with('['));
     let pages: Vec<u64> = serde_json::from_str(line.context("it names no pages")?)?;
@@ -110,13 +123,13 @@ fn poisoned_page_kills_only_its_users_and_is_not_used_again(
 ) -> Result<()> {
     bind_again(vm, machines)?;
     // The processes that have the failed pages touch them before anybody else does.
-    let (process, pages) = lose_memory(vm, machines)?;
+    let (process, pages) = with_failed(vm, machines, LOSE_MEMORY)?;
     let output = go_on(process, machines, LONG)?;
     ensure!(output.stdout_text().contains(DONE));
     wait_for_retired(vm, machines, pages.len())?;
     bind_again(vm, machines)?;
     // The machine's sleep and the evictions of others do.
-    let (process, mut pages) = lose_memory(vm, machines)?;
+    let (process, mut pages) = with_failed(vm, machines, LOSE_MEMORY)?;
     let bystander = start(vm, machines, HOLD_OPEN, READY)?;
     // As they cannot go home, the machine cannot sleep, and all goes on.
     let slept = shell(vm, machines, &rehearsal("devices"), COMMAND)?;
@@ -169,4 +182,45 @@ fn pages_poisoned_under_load_are_not_used_again(vm: &mut Vm, machines: &Machines
     wait_for_retired(vm, machines, pages.len())?;
     ensure_rest_is_sound(vm, machines, pages.len())?;
     bind_again(vm, machines)
+}
+
+fn poisoned_pages_of_a_closed_descriptor_keep_no_others_in_vram(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    bind_again(vm, machines)?;
+    let (process, failed) = with_failed(vm, machines, KEEP_FAILED)?;
+    process.write_stdin(b"go\n")?;
+    process.wait_for(CLOSED, machines.limit(COMMAND))?;
+    for of in ["used", "in_folios"] {
+        let left = pages(vm, machines, of)?;
+        ensure!(left == failed.len(), "{left} pages are {of}");
+    }
+    let output = go_on(process, machines, LONG)?;
+    ensure!(output.stdout_text().contains(DONE));
+    wait_for_retired(vm, machines, failed.len())?;
+    bind_again(vm, machines)
+}
+
+fn unbind_with_poisoned_pages_ends_and_loses_no_others(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    let (process, _) = with_failed(vm, machines, KEEP_FAILED)?;
+    let line = "cd /sys/bus/virtio/drivers/farfault; gpu=$(echo virtio*); \
+                echo $gpu > unbind; echo $gpu > bind; test -c /dev/farfault0";
+    shell(vm, machines, line, LONG)?.expect_success()?;
+    for of in ["used", "in_folios", "retired"] {
+        let pages = pages(vm, machines, of)?;
+        ensure!(
+            pages == 0,
+            "{pages} pages are {of} in a GPU that is bound anew"
+        );
+    }
+    process.write_stdin(b"go\n")?;
+    process.wait_for(CLOSED, machines.limit(COMMAND))?;
+    let output = go_on(process, machines, LONG)?;
+    ensure!(output.stdout_text().contains(DONE));
+    guest(vm, machines, &[ALL_OF_VRAM], LONG)?;
+    ensure_nothing_left(vm, Machine::Small.gpus())
 }

@@ -168,6 +168,12 @@ fn stopped_for_a_moment(vm: &mut Vm, machines: &Machines) -> Result<()> {
         vm.stop_device(1)?;
         let acting = begin(vm, machines, &line)?;
         ensure!(!acting.has_ended(), "it does not wait for the GPU");
+        if ping == ENODEV {
+            let open = shell(vm, machines, "exec 3<>/dev/farfault1", COMMAND)?;
+            let refused = !open.success() && open.stderr_text().contains("No such device");
+            ensure!(refused, "open while it is being unbound: {open:?}");
+            ensure!(!acting.has_ended(), "open waited for the GPU");
+        }
         vm.continue_device(1)?;
         acting.wait(machines.limit(COMMAND))?.expect_success()?;
         holders.end(machines, ping).with_context(|| line.clone())?;

@@ -9,6 +9,7 @@ use super::{
 use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
     Machine,
+    ending::SLEEP_WITH_JOBS,
     holding::HOLD_STARTS,
     programs::{DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_OPEN, MIGRATE_FOR_EVER, READY},
 };
@@ -31,6 +32,7 @@ macro_rules! cases {
 
 cases! {
     Keep suspend_at_each_pm_test_level_keeps_pages_of_vram,
+    Keep suspend_ends_jobs_that_run_and_keeps_those_that_have_ended,
     Keep suspend_at_pm_test_levels_under_load_leaves_right_data,
     Keep pause_of_the_vm_keeps_contexts_jobs_and_pages,
     // A PC of QEMU that has slept cannot be powered off.
@@ -106,6 +108,15 @@ fn suspend_at_each_pm_test_level_keeps_pages_of_vram(
         ensure_held(machines, holders).context(level)?;
     }
     Ok(())
+}
+
+fn suspend_ends_jobs_that_run_and_keeps_those_that_have_ended(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    let process = start(vm, machines, SLEEP_WITH_JOBS, READY)?;
+    rehearse(vm, machines, "devices")?;
+    ensure_held(machines, vec![process])
 }
 
 /// Faults, migrations and evictions all the time, and somebody who needs his data. As far as devices have a part in

@@ -2,7 +2,7 @@
 //! The life of a job: started, waited for, polled, killed, collected.
 
 use crate::guest::{
-    call::{self, JOB_TIME, Job},
+    call::{self, JOB_TIME, Job, events},
     cases::mm::start::spin,
     oracle,
 };
@@ -12,10 +12,7 @@ use farfault::{
     Gpu, PAGE_SIZE,
     uapi::{self, JobStatus},
 };
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    io::Errno,
-};
+use rustix::{event::PollFlags, io::Errno};
 use std::{
     collections::HashSet,
     os::fd::AsFd,
@@ -63,14 +60,6 @@ fn killed(gpu: &Gpu, fence: u64) -> Result<()> {
     call::kill(gpu, fence)?;
     let end = call::wait(gpu, fence, JOB_TIME)?;
     call::ensure_status(&end, JobStatus::Killed)
-}
-
-/// Events of the descriptor within a time.
-pub(super) fn events(gpu: &impl AsFd, within: Duration) -> Result<PollFlags> {
-    let mut descriptors = [PollFd::new(gpu, PollFlags::IN)];
-    let within = Timespec::try_from(within)?;
-    poll(&mut descriptors, Some(&within))?;
-    Ok(descriptors[0].revents())
 }
 
 fn wait_for_an_endless_job_times_out_when_it_should() -> Result<()> {

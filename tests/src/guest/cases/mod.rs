@@ -9,6 +9,7 @@ mod compat;
 mod contexts;
 mod counters;
 mod dmirror;
+mod dmirror_ranges;
 mod eviction;
 mod exclusive;
 mod exclusive_beside;
@@ -22,6 +23,7 @@ mod mappings;
 mod migrate;
 pub(super) mod mm;
 mod owner;
+mod page_tables;
 mod process;
 mod races;
 mod smoke;
@@ -47,6 +49,7 @@ const GROUPS: &[&[Case]] = &[
     unmap::CASES,
     advise::CASES,
     eviction::CASES,
+    page_tables::CASES,
     exclusive::CASES,
     exclusive_beside::CASES,
     process::CASES,
@@ -61,6 +64,7 @@ const GROUPS: &[&[Case]] = &[
     huge_pages::CASES,
     two_gpus::CASES,
     dmirror::CASES,
+    dmirror_ranges::CASES,
     machines::disk::CASES,
     machines::numa::CASES,
     machines::eight_gpus::CASES,
