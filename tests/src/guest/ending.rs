@@ -5,7 +5,7 @@
 use super::{
     Program,
     call::{self, Job, events},
-    child::ensure_sigbus,
+    child::{self, Gate, ensure_sigbus},
     oracle,
     place::{count, move_all, state},
     programs::{DONE, READY, SEED, say, wait_for_a_line, written},
@@ -14,10 +14,12 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use farfault::arena::{Backing, Region, call_at};
 use farfault::{
     Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place,
+    process::{Ended, fork},
     uapi::{self, JobStatus},
 };
 use rustix::{event::PollFlags, io::Errno};
 use std::{
+    cell::RefCell,
     fs::{File, OpenOptions},
     io,
     thread::{self, ScopedJoinHandle},
@@ -33,6 +35,9 @@ pub const DIE_WITH_JOBS: &str = "die-with-jobs";
 /// Has pages in VRAM, prints the addresses there of some of them as JSON, and expects these to fail after [`READY`]. It
 /// closes its descriptor when it gets a line, says [`CLOSED`], and looks at its memory when it gets another one.
 pub const KEEP_FAILED: &str = "keep-failed";
+/// Had a huge page in VRAM, prints its address there as JSON, and expects that to have failed when it gets a line. It puts
+/// small pages behind it, which soon only a child has, and goes on as [`KEEP_FAILED`].
+pub const ORPHAN_BEHIND_FAILED: &str = "orphan-behind-failed";
 /// It has no descriptor any more.
 pub const CLOSED: &str = "closed";
 
@@ -48,6 +53,10 @@ pub(super) const PROGRAMS: &[Program] = &[
     Program {
         name: KEEP_FAILED,
         run: keep_failed,
+    },
+    Program {
+        name: ORPHAN_BEHIND_FAILED,
+        run: orphan_behind_failed,
     },
 ];
 
@@ -232,6 +241,45 @@ fn keep_failed(_: &[String]) -> Result<()> {
             oracle::check_part(part, SEED, from * PAGE_SIZE / 8, 0)?;
         }
     }
+    say(DONE);
+    Ok(())
+}
+
+fn orphan_behind_failed(_: &[String]) -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let vram_of = |region| -> Result<u64> {
+        let vram = state(&gpu, region, 0)?.cpu.vram;
+        vram.context("QUERY says nothing of a page in VRAM")
+    };
+    let huge = written(HUGE_PAGE_SIZE, Backing::Huge)?;
+    move_all(&gpu, huge, Place::Vram)?;
+    let failing = vram_of(huge)?;
+    huge.unmap()?;
+    println!("[{failing}]");
+    say(READY);
+    wait_for_a_line()?;
+    let orphan = written(64 * PAGE_SIZE, Backing::Small)?;
+    move_all(&gpu, orphan, Place::Vram)?;
+    let first = vram_of(orphan)?;
+    ensure!(first == failing + PAGE_SIZE as u64, "it is at {first:#x}");
+    let gpu = RefCell::new(Some(gpu));
+    let (begun, told) = (Gate::new()?, Gate::new()?);
+    let child = fork(|| {
+        // Its descriptor would keep the file open.
+        drop(gpu.take());
+        child::code((|| {
+            begun.open()?;
+            told.wait()?;
+            oracle::check(orphan, SEED, 0)
+        })())
+    })?;
+    begun.wait()?;
+    orphan.unmap()?;
+    drop(gpu.take());
+    say(CLOSED);
+    wait_for_a_line()?;
+    told.open()?;
+    ensure!(child.wait()? == Ended::Exited(0));
     say(DONE);
     Ok(())
 }

@@ -10,7 +10,7 @@ use super::{
 use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
     Machine, VRAM,
-    ending::{CLOSED, KEEP_FAILED},
+    ending::{CLOSED, KEEP_FAILED, ORPHAN_BEHIND_FAILED},
     holding::HOLD_MAPPED,
     programs::{
         DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_OPEN, LOSE_MEMORY, MIGRATE_FOR_EVER, READY,
@@ -46,6 +46,7 @@ cases! {
     Keep poisoned_page_kills_only_its_users_and_is_not_used_again,
     Keep pages_poisoned_under_load_are_not_used_again,
     Keep poisoned_pages_of_a_closed_descriptor_keep_no_others_in_vram,
+    Keep pages_behind_a_poisoned_one_that_only_a_child_has_come_home_with_the_close,
     // The module stays loaded for the sake of lost pages.
     GiveUp unbind_with_poisoned_pages_ends_and_loses_no_others,
 }
@@ -199,6 +200,23 @@ fn poisoned_pages_of_a_closed_descriptor_keep_no_others_in_vram(
     let output = go_on(process, machines, LONG)?;
     ensure!(output.stdout_text().contains(DONE));
     wait_for_retired(vm, machines, failed.len())?;
+    bind_again(vm, machines)
+}
+
+/// To mm it looks as if the huge page were there still that was where it is.
+fn pages_behind_a_poisoned_one_that_only_a_child_has_come_home_with_the_close(
+    vm: &mut Vm,
+    machines: &Machines,
+) -> Result<()> {
+    bind_again(vm, machines)?;
+    let (process, failed) = with_failed(vm, machines, ORPHAN_BEHIND_FAILED)?;
+    wait_for_retired(vm, machines, failed.len())?;
+    process.write_stdin(b"go\n")?;
+    process.wait_for(CLOSED, machines.limit(COMMAND))?;
+    let left = pages(vm, machines, "in_folios")?;
+    ensure!(left == 0, "{left} pages are in VRAM");
+    let output = go_on(process, machines, COMMAND)?;
+    ensure!(output.stdout_text().contains(DONE));
     bind_again(vm, machines)
 }
 
