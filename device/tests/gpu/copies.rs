@@ -131,7 +131,8 @@ fn fill_with_zero_zeroes_exactly_and_uses_no_memory_of_its_own() {
 #[test]
 fn whatever_was_stored_in_vram_is_zeroed() {
     const LENGTH: u64 = 64 * KIB;
-    let ways: [(&str, fn(&mut Rig)); 4] = [
+    type Store = fn(&mut Rig);
+    let ways: [(&str, Store); 4] = [
         ("copied from RAM", |rig| {
             rig.set_ram_word(0, !0);
             assert_eq!(rig.copy(&[upload(0, 0, LENGTH)]).0, Status::Ok);

@@ -5,16 +5,14 @@ use crate::guest::{
     VRAM,
     call::{self, JOB_TIME, Job, ensure_status},
     oracle,
-    place::{ensure_place, migrate, move_all, state},
+    place::{driver_count, ensure_place, migrate, move_all, state},
 };
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use farfault::arena::{Backing, Protection, Region};
 use farfault::{
     Access, Advice, Gpu, HUGE_PAGE_SIZE, PAGE_SIZE, Place,
     uapi::{JobStatus, Stats},
 };
-use std::fs;
-
 group! { "counters", on Small, seconds 90:
     huge_page_that_moves_counts_all_its_pages_and_one_fault,
     pages_that_go_home_on_request_or_by_a_close_are_not_evicted,
@@ -49,15 +47,6 @@ fn named(stats: Stats) -> [(&'static str, u64); 10] {
     ]
 }
 
-/// A counter of the GPU as a whole.
-fn of_gpu(name: &str) -> Result<u64> {
-    let text = fs::read_to_string("/sys/kernel/debug/farfault0/stats")?;
-    let mut lines = text.lines().filter_map(|line| line.split_once(' '));
-    let line = lines.find(|line| line.0 == name);
-    let (_, count) = line.with_context(|| format!("debugfs has no {name}"))?;
-    Ok(count.parse()?)
-}
-
 fn huge_page_that_moves_counts_all_its_pages_and_one_fault() -> Result<()> {
     let gpu = Gpu::open_first()?;
     let region = written(2 * HUGE_PAGE_SIZE, Backing::Huge)?;
@@ -89,7 +78,10 @@ fn huge_page_that_moves_counts_all_its_pages_and_one_fault() -> Result<()> {
 
 fn pages_that_go_home_on_request_or_by_a_close_are_not_evicted() -> Result<()> {
     for backing in [Backing::Small, Backing::Huge] {
-        let before = (of_gpu("pages_evicted")?, of_gpu("pages_to_ram")?);
+        let before = (
+            driver_count(0, "pages_evicted")?,
+            driver_count(0, "pages_to_ram")?,
+        );
         let gpu = Gpu::open_first()?;
         let region = written(HUGE_PAGE_SIZE, backing)?;
         for place in [Place::Vram, Place::Ram, Place::Vram] {
@@ -97,7 +89,10 @@ fn pages_that_go_home_on_request_or_by_a_close_are_not_evicted() -> Result<()> {
         }
         ensure!(gpu.stats()?.pages_evicted == 0);
         drop(gpu);
-        let after = (of_gpu("pages_evicted")?, of_gpu("pages_to_ram")?);
+        let after = (
+            driver_count(0, "pages_evicted")?,
+            driver_count(0, "pages_to_ram")?,
+        );
         ensure!(
             after == (before.0, before.1 + 2 * PAGES),
             "{backing:?}: {after:?} after {before:?}"
@@ -185,7 +180,7 @@ fn gpu_with_one_descriptor_counts_what_that_does() -> Result<()> {
     let names = named(Stats::default()).map(|(name, _)| name);
     let mut before = Vec::new();
     for name in names {
-        before.push(of_gpu(name)?);
+        before.push(driver_count(0, name)?);
     }
     let gpu = Gpu::open_first()?;
     let regions = [
@@ -207,7 +202,7 @@ fn gpu_with_one_descriptor_counts_what_that_does() -> Result<()> {
         region.unmap()?;
     }
     for ((name, own), before) in named(gpu.stats()?).into_iter().zip(before) {
-        let whole = of_gpu(name)? - before;
+        let whole = driver_count(0, name)? - before;
         ensure!(own > 0, "{name}: this test shows nothing");
         ensure!(whole == own, "{name}: {own}, and {whole} of the GPU");
     }

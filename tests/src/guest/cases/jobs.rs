@@ -15,7 +15,6 @@ use farfault::{
 use rustix::{event::PollFlags, io::Errno};
 use std::{
     collections::HashSet,
-    os::fd::AsFd,
     process::Command,
     sync::{
         Arc,

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A descriptor belongs to the address space that opened it: in the hands of others it does nothing.
 
-use super::{jobs::events, mm::start::eventually};
+use super::mm::start::eventually;
 use crate::guest::{
-    call::{Job, ensure_every_call_fails, every_call},
+    call::{Job, ensure_every_call_fails, events, every_call},
     child::code,
     oracle,
-    place::{counted, state},
+    place::{driver_count, state},
     programs,
 };
 use anyhow::{Context, Result, ensure};
@@ -185,7 +185,7 @@ fn descriptor_inherited_through_exec_gives_eperm() -> Result<()> {
 /// What the jobs work on has gone, and whoever could wait for them; nobody has closed the descriptor.
 fn jobs_of_a_process_that_ended_fail_while_its_descriptor_is_open() -> Result<()> {
     const JOBS: u64 = 3;
-    let before = counted("jobs")?;
+    let before = driver_count(0, "jobs")?;
     let works = |gpu: &Gpu| -> Result<()> {
         for advice in [Advice::Default, Advice::MapOnly] {
             let ring = some_memory()?;
@@ -199,7 +199,7 @@ fn jobs_of_a_process_that_ended_fail_while_its_descriptor_is_open() -> Result<()
         eventually("a page is the GPU's for its atomics", taken)
     };
     with_descriptor_of_child_that(works, true, |descriptor| {
-        eventually("jobs end", || Ok(counted("jobs")? == before + JOBS))?;
+        eventually("jobs end", || Ok(driver_count(0, "jobs")? == before + JOBS))?;
         ensure!(events(descriptor, Duration::ZERO)? == PollFlags::IN);
         check_eperm(descriptor)
     })?;

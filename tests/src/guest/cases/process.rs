@@ -8,7 +8,7 @@ use crate::guest::{
     cases::mm::start::eventually,
     child::code,
     oracle,
-    place::{counted, ensure_place, move_all},
+    place::{driver_count, ensure_place, move_all},
     programs,
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -205,7 +205,7 @@ fn kill_during_eviction_ends_in_time() -> Result<()> {
 /// So much that nobody could wait for its end. What does not fit into VRAM any more goes to RAM for the rest.
 fn kill_during_a_migration_of_what_was_never_touched_ends_in_time() -> Result<()> {
     const LENGTH: usize = 64 << 30;
-    let before = counted("pages_to_vram")?;
+    let before = driver_count(0, "pages_to_vram")?;
     let child = fork(|| {
         code((|| {
             let gpu = Gpu::open_first()?;
@@ -214,7 +214,9 @@ fn kill_during_a_migration_of_what_was_never_touched_ends_in_time() -> Result<()
             Ok(())
         })())
     })?;
-    eventually("pages move", || Ok(counted("pages_to_vram")? != before))?;
+    eventually("pages move", || {
+        Ok(driver_count(0, "pages_to_vram")? != before)
+    })?;
     let begin = Instant::now();
     kill_process(child.pid().context("the child has no pid")?, Signal::KILL)?;
     let ended = child.wait()?;

@@ -12,7 +12,7 @@ use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
     child::code,
     oracle,
-    place::{counted, ensure_place, migrate, move_all},
+    place::{driver_count, ensure_place, migrate, move_all},
 };
 use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
@@ -477,7 +477,9 @@ fn process_on_a_page_nobody_serves_is_killed() -> Result<()> {
         before.elapsed()
     );
     // Its address space on the GPU is gone, too, while the descriptor is still there.
-    eventually("its memory is free", || Ok(counted("contexts")? == 0))?;
+    eventually("its memory is free", || {
+        Ok(driver_count(0, "contexts")? == 0)
+    })?;
     drop(held);
     Ok(())
 }
