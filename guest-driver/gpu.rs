@@ -65,7 +65,8 @@ const TABLE_SHARE: usize = 2 * MOST_CONTEXTS as usize;
 const LEAST_TABLES: usize = 16;
 /// Most regions of 2 MiB that are known of one address space: 64 GiB.
 const MOST_REGIONS: usize = 32 << 10;
-/// Looks for pages that are on their way home when the driver is unbound, and the pause between.
+/// Looks for pages that are on their way home when the driver is unbound, and the pause between. Those that
+/// have failed are not waited for.
 const UNBIND_LOOKS: usize = 3000;
 const UNBIND_PAUSE: Delta = Delta::from_millis(10);
 
@@ -329,7 +330,7 @@ impl Gpu {
             return;
         };
         for look in 0..UNBIND_LOOKS {
-            if map.in_use() == 0 || self.reachable().is_err() {
+            if map.in_use() <= self.vram.failed_pages_in_use() || self.reachable().is_err() {
                 break;
             }
             if look != 0 {

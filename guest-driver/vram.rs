@@ -161,6 +161,13 @@ impl Block {
         (self.free[slot / 64] | self.retired[slot / 64]) & (1 << (slot % 64)) == 0
     }
 
+    fn failed_pages_in_use(&self) -> usize {
+        let words = self.failed.iter().zip(&self.retired);
+        words
+            .map(|(failed, retired)| (failed & !retired).count_ones() as usize)
+            .sum()
+    }
+
     /// Whether nobody has a page of it.
     fn is_unused(&self) -> bool {
         (self.free_pages + self.retired_pages) as usize == BLOCK_PAGES
@@ -392,6 +399,15 @@ impl Vram {
     /// Pages that have failed and that nobody has any more.
     pub(crate) fn retired_pages(&self) -> usize {
         self.state.lock().retired_pages
+    }
+
+    /// Pages that have failed and that somebody still has: they go nowhere.
+    pub(crate) fn failed_pages_in_use(&self) -> usize {
+        if !self.any_failed.load(Relaxed) {
+            return 0;
+        }
+        let state = self.state.lock();
+        state.blocks.iter().map(Block::failed_pages_in_use).sum()
     }
 
     /// Takes note that a page has failed: it is given to nobody any more.

@@ -212,7 +212,7 @@ struct farfault_stats {
 	__u64 gpu_faults_failed;	/* of these, ended in a failed job */
 	__u64 cpu_faults;		/* faults of CPUs on pages in VRAM */
 	__u64 pages_to_vram;		/* for a fault or on request */
-	__u64 pages_to_ram;		/* for a fault, on request or evicted */
+	__u64 pages_to_ram;		/* for a fault, on request, evicted, at a close or for the machine's sleep */
 	__u64 pages_evicted;		/* of these, to make room in VRAM */
 	__u64 pages_mapped;		/* entries written to the GPU's page tables, in pages */
 	__u64 invalidations;		/* calls of the MMU notifier that unmapped something */

@@ -391,7 +391,7 @@ pub struct Stats {
     pub cpu_faults: u64,
     /// For a fault or on request.
     pub pages_to_vram: u64,
-    /// For a fault, on request or evicted.
+    /// For a fault, on request, evicted, at a close or for the machine's sleep.
     pub pages_to_ram: u64,
     /// Of these, to make room in VRAM.
     pub pages_evicted: u64,

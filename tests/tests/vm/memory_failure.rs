@@ -225,9 +225,12 @@ fn unbind_with_poisoned_pages_ends_and_loses_no_others(
     machines: &Machines,
 ) -> Result<()> {
     let (process, _) = with_failed(vm, machines, KEEP_FAILED)?;
+    let begin = Instant::now();
     let line = "cd /sys/bus/virtio/drivers/farfault; gpu=$(echo virtio*); \
                 echo $gpu > unbind; echo $gpu > bind; test -c /dev/farfault0";
     shell(vm, machines, line, LONG)?.expect_success()?;
+    let (took, soon) = (begin.elapsed(), machines.limit(Duration::from_secs(15)));
+    ensure!(took < soon, "it waited for what cannot come: {took:?}");
     for of in ["used", "in_folios", "retired"] {
         let pages = pages(vm, machines, of)?;
         ensure!(
