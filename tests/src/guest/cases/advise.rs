@@ -22,6 +22,7 @@ group! { "advise", on Small, seconds 60:
     prefer_cpu_brings_the_page_to_ram_and_maps_it_there,
     prefer_cpu_keeps_pages_of_many_waves_in_ram,
     map_only_maps_the_page_where_it_is,
+    new_advice_counts_for_what_the_gpu_has_mapped,
     neighbours_in_one_batch_go_each_by_their_own_advice,
     pages_next_to_others_are_left_for_their_own_advice,
     advice_alone_moves_nothing,
@@ -196,6 +197,41 @@ fn map_only_maps_the_page_where_it_is() -> Result<()> {
             let touched = state(&gpu, region, 3)?;
             ensure!(touched.gpu.place == place, "{touched:?}");
             oracle::check(region, SEED, 1)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whatever was said before, and wherever the GPU has the pages by that.
+fn new_advice_counts_for_what_the_gpu_has_mapped() -> Result<()> {
+    const ALL: [Advice; 4] = [
+        Advice::Default,
+        Advice::PreferGpu,
+        Advice::PreferCpu,
+        Advice::MapOnly,
+    ];
+    let gpu = Gpu::open_first()?;
+    for backing in [Backing::Small, Backing::Huge] {
+        for (before, after) in ALL
+            .iter()
+            .flat_map(|before| ALL.map(|after| (*before, after)))
+        {
+            let region = written(HUGE_PAGE_SIZE, backing)?;
+            for advice in [before, after] {
+                gpu.advise(region.pages(), advice)?;
+                Job::add(region, 1).waves(4).run(&gpu)?;
+            }
+            let place = |advice| match advice {
+                Advice::Default | Advice::PreferGpu => Some(Place::Vram),
+                Advice::PreferCpu => Some(Place::Ram),
+                Advice::MapOnly => None,
+            };
+            // By itself it moves nothing.
+            let place = place(after).or(place(before)).unwrap_or(Place::Ram);
+            ensure_place(&gpu, region, place)
+                .with_context(|| format!("{before:?}, then {after:?}, {backing:?}"))?;
+            oracle::check(region, SEED, 2)?;
+            region.unmap()?;
         }
     }
     Ok(())
