@@ -302,6 +302,7 @@ fn block_that_has_only_just_come_is_not_sent_away(vm: &mut Vm, machines: &Machin
     for case in [
         "eviction::request_for_more_than_vram_moves_what_fits",
         "eviction::requests_for_a_few_pages_each_of_more_than_vram_move_what_fits",
+        "home::huge_pages_of_more_than_vram_stay_whole",
     ] {
         let minute = evicted(vm, machines, case, "least_stay=60000")?;
         ensure!(minute == 0, "{case}: {minute} pages went within a minute");

@@ -6,9 +6,9 @@ use crate::guest::{
     call::Job,
     child::{Gate, code},
     oracle,
-    place::{count, ensure_place, migrate, move_all},
+    place::{count, driver_count, ensure_place, migrate, move_all, state},
 };
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
     Advice, Gpu, HUGE_PAGE_SIZE, Kernel, PAGE_SIZE, Place,
@@ -21,6 +21,7 @@ group! { "eviction", on Small, seconds 300:
     request_for_more_than_vram_moves_what_fits,
     requests_for_a_few_pages_each_of_more_than_vram_move_what_fits,
     tables_of_many_descriptors_find_room_in_full_vram,
+    first_call_of_a_descriptor_finds_room_in_full_vram,
     block_in_use_stays_while_others_go,
     pages_that_are_not_where_they_were_put_make_room,
     several_processes_share_vram_and_keep_their_data,
@@ -92,20 +93,32 @@ fn requests_for_a_few_pages_each_of_more_than_vram_move_what_fits() -> Result<()
     oracle::check(region, SEED, 0)
 }
 
-/// More tables than there are in one block of VRAM.
-fn tables_of_many_descriptors_find_room_in_full_vram() -> Result<()> {
-    const DESCRIPTORS: usize = 12;
-    const LINKS: usize = 48;
-    let gpu = Gpu::open_first()?;
+/// As many pages as there is VRAM, as far as they fit.
+fn full_vram(gpu: &Gpu) -> Result<Region> {
     let full = Region::map(VRAM as usize, Backing::Small)?;
     oracle::write(full, SEED);
-    migrate(&gpu, full, Place::Vram)?;
-    // Each link needs a table of its own.
+    migrate(gpu, full, Place::Vram)?;
+    Ok(full)
+}
+
+const LINKS: usize = 48;
+
+/// A chain of pages each of which needs a table of its own, and the pages.
+fn sparse_chain() -> Result<(Region, impl Fn(usize) -> Region)> {
     let sparse = Region::map(LINKS * HUGE_PAGE_SIZE, Backing::Small)?;
-    let link = |number: usize| sparse.part(number % LINKS * HUGE_PAGE_SIZE, PAGE_SIZE);
+    let link = move |number: usize| sparse.part(number % LINKS * HUGE_PAGE_SIZE, PAGE_SIZE);
     for number in 0..LINKS {
         link(number).store(0, link(number + 1).address());
     }
+    Ok((sparse, link))
+}
+
+/// More tables than there are in one block of VRAM.
+fn tables_of_many_descriptors_find_room_in_full_vram() -> Result<()> {
+    const DESCRIPTORS: usize = 12;
+    let gpu = Gpu::open_first()?;
+    let full = full_vram(&gpu)?;
+    let (sparse, link) = sparse_chain()?;
     let first = link(0).address();
     let chase = Job::new(Kernel::PointerChase, [first, LINKS as u64, 0, 0]);
     let mut others = Vec::new();
@@ -123,6 +136,40 @@ fn tables_of_many_descriptors_find_room_in_full_vram() -> Result<()> {
     }
     Job::add(full, 1).waves(8).run(&gpu)?;
     oracle::check(full, SEED, 1)
+}
+
+/// It needs a table, and no block of those has room for one more.
+fn first_call_of_a_descriptor_finds_room_in_full_vram() -> Result<()> {
+    const BLOCK: u64 = (HUGE_PAGE_SIZE / PAGE_SIZE) as u64;
+    let tables = || Ok::<_, Error>(driver_count(0, "vram_pages_used")? - driver_count(0, "vram_pages_in_folios")?);
+    let gpu = Gpu::open_first()?;
+    let full = full_vram(&gpu)?;
+    let (sparse, link) = sparse_chain()?;
+    let mut others = Vec::new();
+    while tables()? < BLOCK {
+        let other = Gpu::open_first()?;
+        other.advise(sparse.pages(), Advice::MapOnly)?;
+        for number in 0..LINKS {
+            if tables()? < BLOCK {
+                Job::sum(link(number)).run(&other)?;
+                // It waits until the fault has given back what it did not need.
+                state(&other, link(number), 0)?;
+            }
+        }
+        others.push(other);
+    }
+    migrate(&gpu, full, Place::Vram)?;
+    let (tables, used) = (tables()?, driver_count(0, "vram_pages_used")?);
+    ensure!(
+        tables == BLOCK && used * PAGE_SIZE as u64 == VRAM,
+        "there is room, this test shows nothing: {used} pages, {tables} of them tables"
+    );
+    let before = gpu.stats()?.pages_evicted;
+    let last = Gpu::open_first()?;
+    last.ping()?;
+    let evicted = gpu.stats()?.pages_evicted - before;
+    ensure!(evicted > 0, "where is its table?");
+    oracle::check(full, SEED, 0)
 }
 
 fn block_in_use_stays_while_others_go() -> Result<()> {

@@ -71,6 +71,10 @@ fn huge_pages_evicted_come_home_whole() -> Result<()> {
 
 fn huge_pages_of_more_than_vram_stay_whole() -> Result<()> {
     let gpu = Gpu::open_first()?;
+    // In one block of VRAM, there is room for small pages only.
+    let small = Region::map(PAGE_SIZE, Backing::Small)?;
+    small.store(0, 1);
+    move_all(&gpu, small, Place::Vram)?;
     let region = huge(VRAM as usize / HUGE_PAGE_SIZE * 3 / 2)?;
     for place in [Place::Vram, Place::Vram, Place::Ram] {
         migrate(&gpu, region, place)?;
