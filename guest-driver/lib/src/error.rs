@@ -227,7 +227,10 @@ fn explain(cause: &io::Error) -> String {
         Some(Errno::NOTTY) => "the driver has no such call; update it, or open a farfault device",
         Some(Errno::AGAIN) => "too many jobs have not been collected; wait for one first",
         Some(Errno::NOENT) => "there is no such job; it was collected before",
-        Some(Errno::NOSPC) => "too many ranges have an advice of their own; advise larger ones",
+        Some(Errno::NOSPC) => {
+            "no VRAM is left for page tables, or too many ranges have an advice of their own; close \
+             other users of the GPU, or advise larger ranges"
+        }
         Some(Errno::NOMEM) => "the kernel has no memory for the call; free some and try again",
         Some(Errno::OPNOTSUPP) => {
             "the GPU can take only private anonymous memory for itself; job atomics need no call"
