@@ -141,7 +141,11 @@ fn tables_of_many_descriptors_find_room_in_full_vram() -> Result<()> {
 /// It needs a table, and no block of those has room for one more.
 fn first_call_of_a_descriptor_finds_room_in_full_vram() -> Result<()> {
     const BLOCK: u64 = (HUGE_PAGE_SIZE / PAGE_SIZE) as u64;
-    let tables = || Ok::<_, Error>(driver_count(0, "vram_pages_used")? - driver_count(0, "vram_pages_in_folios")?);
+    let tables = || {
+        Ok::<_, Error>(
+            driver_count(0, "vram_pages_used")? - driver_count(0, "vram_pages_in_folios")?,
+        )
+    };
     let gpu = Gpu::open_first()?;
     let full = full_vram(&gpu)?;
     let (sparse, link) = sparse_chain()?;
