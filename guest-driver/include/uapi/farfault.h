@@ -135,7 +135,8 @@ enum farfault_place {
  * Moves the pages of a range to RAM or VRAM. What cannot move (files, shared and pinned memory)
  * stays where it is: that is counted, and no error. A page that others have, too, may be on its way
  * home already, as when one of them closes its descriptor: until it has come it counts as not in VRAM,
- * and is in no place for FARFAULT_QUERY.
+ * and is in no place for FARFAULT_QUERY. So does every page of memory that may not be read (PROT_NONE),
+ * wherever it is: it comes home on request all the same.
  *   EFAULT  part of the range is not mapped
  *   ENOMEM  no memory for the call itself
  *   EBUSY   the range kept changing while it was counted; what could move has moved

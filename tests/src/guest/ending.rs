@@ -8,7 +8,7 @@ use super::{
     child::{self, Gate, ensure_sigbus},
     oracle,
     place::{count, move_all, state},
-    programs::{DONE, READY, SEED, say, wait_for_a_line, written},
+    programs::{CLOSED, DONE, READY, SEED, say, wait_for_a_line, written},
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use farfault::arena::{Backing, Region, call_at};
@@ -38,8 +38,6 @@ pub const KEEP_FAILED: &str = "keep-failed";
 /// Had a huge page in VRAM, prints its address there as JSON, and expects that to have failed when it gets a line. It puts
 /// small pages behind it, which soon only a child has, and goes on as [`KEEP_FAILED`].
 pub const ORPHAN_BEHIND_FAILED: &str = "orphan-behind-failed";
-/// It has no descriptor any more.
-pub const CLOSED: &str = "closed";
 
 pub(super) const PROGRAMS: &[Program] = &[
     Program {

@@ -9,7 +9,7 @@ use super::{
     child::{self, Gate, ensure_sigbus},
     oracle,
     place::move_all,
-    programs::{DONE, READY, say, wait_for_a_line},
+    programs::{CLOSED, DONE, READY, say, wait_for_a_line},
 };
 use anyhow::{Context, Result, bail, ensure};
 use farfault::arena::{Backing, Protection, Region, call_at};
@@ -29,8 +29,6 @@ pub const HOLD_RESIDENT: &str = "hold-resident";
 pub const HOME: &str = "home";
 /// A fate: who touches what was in VRAM gets SIGBUS.
 pub const GONE: &str = "gone";
-/// It has no descriptor any more.
-pub const CLOSED: &str = "closed";
 
 /// `hold-mapped NUMBER`: has memory in RAM that the GPU of this number has mapped. When it gets a line it says
 /// [`PING_GAVE`] and an errno, or 0, and looks at its memory.

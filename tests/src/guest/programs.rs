@@ -85,6 +85,8 @@ pub const LOSE_MIRROR: &str = "lose-mirror";
 pub const READY: &str = "ready";
 /// A program says so when what the host did had the effect that it should have.
 pub const DONE: &str = "done";
+/// A program says so when it has no descriptor any more.
+pub const CLOSED: &str = "closed";
 /// A program that works for ever says so when the GPU failed it, and its memory holds what it should.
 pub const DATA_RIGHT: &str = "data right";
 

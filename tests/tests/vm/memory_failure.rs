@@ -10,10 +10,11 @@ use super::{
 use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
     Machine, VRAM,
-    ending::{CLOSED, KEEP_FAILED, ORPHAN_BEHIND_FAILED},
+    ending::{KEEP_FAILED, ORPHAN_BEHIND_FAILED},
     holding::HOLD_MAPPED,
     programs::{
-        DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_OPEN, LOSE_MEMORY, MIGRATE_FOR_EVER, READY,
+        CLOSED, DONE, EVICT_FOR_EVER, FAULT_FOR_EVER, HOLD_OPEN, LOSE_MEMORY, MIGRATE_FOR_EVER,
+        READY,
     },
 };
 use std::{

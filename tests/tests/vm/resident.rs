@@ -16,8 +16,8 @@ use super::{
 use anyhow::{Context, Result, ensure};
 use farfault_tests::guest::{
     DYING_LIMIT, Machine,
-    holding::{CLOSED, GONE, HOLD_MAPPED, HOLD_RESIDENT, HOME, PING_GAVE},
-    programs::{DONE, HOLD_OPEN, READY},
+    holding::{GONE, HOLD_MAPPED, HOLD_RESIDENT, HOME, PING_GAVE},
+    programs::{CLOSED, DONE, HOLD_OPEN, READY},
     stages::Stage,
 };
 use std::{

@@ -88,21 +88,19 @@ impl Region {
 
     /// Maps new anonymous memory that stays in RAM (`MAP_LOCKED`).
     pub fn map_locked(length: usize) -> io::Result<Self> {
-        let length = length.next_multiple_of(PAGE_SIZE);
-        let address = take_addresses(length)?;
-        let at = with_exposed_provenance_mut(address);
-        let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE | MapFlags::LOCKED;
-        // SAFETY: Nothing is mapped there, or it fails.
-        unsafe { mm::mmap_anonymous(at, length, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
-        Ok(Self { address, length })
+        Self::map_anonymous(length, MapFlags::LOCKED)
     }
 
-    /// Maps new memory, of which there may be more than the machine has (`MAP_NORESERVE`).
+    /// Maps new anonymous memory, of which there may be more than the machine has (`MAP_NORESERVE`).
     pub fn reserve(length: usize) -> io::Result<Self> {
+        Self::map_anonymous(length, MapFlags::NORESERVE)
+    }
+
+    fn map_anonymous(length: usize, flags: MapFlags) -> io::Result<Self> {
         let length = length.next_multiple_of(PAGE_SIZE);
         let address = take_addresses(length)?;
         let at = with_exposed_provenance_mut(address);
-        let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE | MapFlags::NORESERVE;
+        let flags = flags | MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
         // SAFETY: Nothing is mapped there, or it fails.
         unsafe { mm::mmap_anonymous(at, length, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
         Ok(Self { address, length })
