@@ -123,6 +123,7 @@ fn manual_chapter_4_agrees_with_the_crate() {
         ReadPtes: header context count start,
         HarvestAccessed: header context count start,
         KillJob: header context reserved fence,
+        SetBusMasterWord: header word,
     ], [Opcode]);
 }
 
