@@ -121,15 +121,22 @@ fn jobs_that_fail_count_a_fault_each() -> Result<()> {
             ensure!(counted == (jobs, jobs, jobs), "{jobs} jobs: {stats:?}");
         }
     }
-    // Beside one that does not fail, of memory behind and of memory before it.
+    // Beside one that does not fail, of memory behind and of memory before it, while the driver is busy: it finds the
+    // faults of both at once.
     let good = written(PAGE_SIZE, Backing::Small)?;
+    let behind = Region::nowhere(PAGE_SIZE)?;
     for round in 1..=ROUNDS {
-        let bad = Region::nowhere(PAGE_SIZE)?;
+        let busy = written(HUGE_PAGE_SIZE, Backing::Small)?;
+        gpu.advise(busy.pages(), Advice::PreferGpu)?;
         good.discard()?;
-        let fences = [Job::fill(bad, 1), Job::fill(good, 2)].map(|job| job.submit(&gpu));
-        for (fence, status) in fences.into_iter().zip([JobStatus::Fault, JobStatus::Ok]) {
+        let bad = if round % 2 == 0 { behind } else { nowhere };
+        let submitted = [Job::sum(busy), Job::fill(bad, 1), Job::fill(good, 2)];
+        let expected = [JobStatus::Ok, JobStatus::Fault, JobStatus::Ok];
+        let fences = submitted.map(|job| job.submit(&gpu));
+        for (fence, status) in fences.into_iter().zip(expected) {
             ensure_status(&call::wait(&gpu, fence?, JOB_TIME)?, status)?;
         }
+        busy.unmap()?;
         let failed = gpu.stats()?.gpu_faults_failed;
         ensure!(failed == jobs + round, "{failed} of {jobs} + {round}");
     }
