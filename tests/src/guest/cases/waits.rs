@@ -3,21 +3,29 @@
 
 use super::jobs::ring;
 use crate::guest::call::{self, JOB_TIME, Job};
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use farfault::arena::{Backing, Call, Region, call_at};
 use farfault::{
     Gpu, PAGE_SIZE,
     uapi::{self, JobStatus},
 };
-use rustix::io::Errno;
+use rustix::{
+    io::Errno,
+    process::{Signal, getpid, kill_process},
+};
 use std::{
     process::{Child, Command},
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
+    time::{Duration, Instant},
 };
 
 group! { "jobs", on Small, seconds 60:
     wait_of_any_length_ends_with_its_job_or_by_a_handled_signal,
+    wait_interrupted_at_its_end_has_no_time_left,
 }
 
 /// Sends these signals to this process, some time between them.
@@ -76,4 +84,51 @@ fn wait_of_any_length_ends_with_its_job_or_by_a_handled_signal() -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Less than none would be no limit.
+fn wait_interrupted_at_its_end_has_no_time_left() -> Result<()> {
+    const INTERRUPTED: usize = 20;
+    const LIMIT: Duration = Duration::from_secs(20);
+    let handled = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGUSR1, handled)?;
+    let gpu = Gpu::open_first()?;
+    let fence = Job::endless(ring()?).submit(&gpu)?;
+    let wait = Region::map(PAGE_SIZE, Backing::Small)?;
+    let done = AtomicBool::new(false);
+    let sender = || -> Result<()> {
+        while !done.load(Ordering::Relaxed) {
+            kill_process(getpid(), Signal::USR1)?;
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let sender = scope.spawn(sender);
+        let begin = Instant::now();
+        let mut interrupted = 0;
+        let mut waits = || -> Result<()> {
+            while interrupted < INTERRUPTED {
+                ensure!(
+                    begin.elapsed() < LIMIT,
+                    "{interrupted} WAITs were interrupted"
+                );
+                wait.store(0, fence);
+                wait.store(1, 1);
+                match call_at(&gpu, uapi::Wait::NUMBER, wait.address()) {
+                    Err(Errno::TIMEDOUT) => continue,
+                    Err(Errno::INTR) => interrupted += 1,
+                    other => bail!("WAIT gave {other:?}"),
+                }
+                let left = wait.load(1) as i64;
+                ensure!((0..=1).contains(&left), "{left} ns are left of one");
+            }
+            Ok(())
+        };
+        let waited = waits();
+        done.store(true, Ordering::Relaxed);
+        sender.join().map_err(|_| anyhow!("a thread panicked"))??;
+        waited
+    })?;
+    Ok(call::kill(&gpu, fence)?)
 }
