@@ -54,7 +54,12 @@ cases! {
 
 /// What debugfs says of pages.
 fn pages(vm: &mut Vm, machines: &Machines, of: &str) -> Result<usize> {
-    let line = format!("sed -n 's/^vram_pages_{of} //p' /sys/kernel/debug/farfault*/stats");
+    counted(vm, machines, &format!("vram_pages_{of}"))
+}
+
+/// A line of the driver's statistics.
+fn counted(vm: &mut Vm, machines: &Machines, name: &str) -> Result<usize> {
+    let line = format!("sed -n 's/^{name} //p' /sys/kernel/debug/farfault*/stats");
     let output = shell(vm, machines, &line, COMMAND)?.expect_success()?;
     Ok(output.stdout_text().trim().parse()?)
 }
@@ -136,8 +141,13 @@ fn poisoned_page_kills_only_its_users_and_is_not_used_again(
     // As they cannot go home, the machine cannot sleep, and all goes on.
     let slept = shell(vm, machines, &rehearsal("devices"), COMMAND)?;
     ensure!(!slept.success(), "the machine slept: {slept:?}");
-    // Nor can they make room, and others have to.
-    guest(vm, machines, &[ALL_OF_VRAM], LONG)?;
+    // Nor can they make room, and others have to: after what is sound beside them has gone, too.
+    for round in 0..2 {
+        let before = counted(vm, machines, "pages_evicted")?;
+        guest(vm, machines, &[ALL_OF_VRAM], LONG)?;
+        let evicted = counted(vm, machines, "pages_evicted")? - before;
+        ensure!(evicted > 0, "round {round}: nobody made room");
+    }
     for process in [process, bystander] {
         let output = go_on(process, machines, LONG)?;
         ensure!(output.stdout_text().contains(DONE));
