@@ -71,14 +71,25 @@ const NUMA_ARGUMENT: &str = "movablecore=256M";
 const CMA_ARGUMENT: &str = "cma=576M";
 
 /// `docs/kernel-findings.md`, 9: no driver has a part in it.
-const KNOWN_WITH_HOT_UNPLUG: &[KnownReport] = &[KnownReport {
-    title: "possible circular locking dependency detected",
-    frames: &[
-        "down_read_nested",
-        "pciehp_unconfigure_device",
-        "pciehp_disable_slot",
-    ],
-}];
+const KNOWN_WITH_HOT_UNPLUG: &[KnownReport] = &[
+    KnownReport {
+        title: CIRCULAR,
+        frames: &[
+            "down_read_nested",
+            "pciehp_unconfigure_device",
+            "pciehp_disable_slot",
+        ],
+    },
+    KnownReport {
+        title: CIRCULAR,
+        frames: &[
+            "down_read_nested",
+            "pciehp_configure_device",
+            "pciehp_handle_presence_or_link_change",
+        ],
+    },
+];
+const CIRCULAR: &str = "possible circular locking dependency detected";
 
 impl Machines {
     /// None boots yet.
