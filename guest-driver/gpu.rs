@@ -396,12 +396,12 @@ impl Gpu {
 
     /// Declares the device lost, once: nothing is sent to it any more, and all jobs fail.
     pub(crate) fn lose(&self, what: &str, error: Error) {
+        if let Some(word) = &self.bus_master {
+            // Before anybody can see that it is lost, and takes the GPU for done with his memory.
+            word.set(0);
+        }
         if self.lost.xchg(true, Full) {
             return;
-        }
-        if let Some(word) = &self.bus_master {
-            // Before anybody is told that the GPU is done with his memory.
-            word.set(0);
         }
         dev_err!(
             self.device,
