@@ -31,10 +31,10 @@ use core::ops::Range;
 use kernel::{
     fs::File,
     ioctl::_IOWR,
-    mm::virt::VmaNew,
+    mm::{virt::VmaNew, Mm},
     page::{Page, PAGE_SHIFT, PAGE_SIZE},
     prelude::*,
-    sync::{poll::PollTable, Arc, ArcBorrow},
+    sync::{poll::PollTable, Arc},
     time::delay::fsleep,
     uaccess::{UserPtr, UserSlice},
 };
@@ -91,29 +91,24 @@ pub(crate) struct OpenMirror {
 impl FileOps for OpenMirror {
     type Shared = Gpu;
 
-    fn open(gpu: &Arc<Gpu>) -> Result<Arc<Self>> {
-        let space = Space::open(gpu)?;
-        let file = Arc::new(
-            Self {
-                gpu: gpu.clone(),
-                space: space.clone(),
-            },
-            GFP_KERNEL,
-        );
-        if file.is_err() {
-            space.close(uapi::JobStatus::Killed);
-        }
-        Ok(file?)
+    fn check(gpu: &Gpu) -> Result {
+        gpu.usable()
     }
 
-    fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize> {
+    fn open(gpu: &Arc<Gpu>, opener: &Mm) -> Result<Self> {
+        Ok(Self {
+            gpu: gpu.clone(),
+            space: Space::open(gpu, opener).map_err(without_mm)?,
+        })
+    }
+
+    fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
         let user = || UserSlice::new(UserPtr::from_addr(arg), size_of::<Command>());
         let mut command = Command::new_zeroed();
         user().reader().read_slice(command.as_mut_bytes())?;
-        if this.space.is_closed() {
+        if self.space.is_closed() {
             return Err(ENODEV);
         }
-        this.space.begin()?;
         let size = command.pages << PAGE_SHIFT;
         let end = command.address.wrapping_add(size);
         if command.address % PAGE_SIZE as u64 != 0 || command.address >= end {
@@ -123,21 +118,21 @@ impl FileOps for OpenMirror {
         command.copied = 0;
         command.faults = 0;
         match cmd {
-            READ => this.read(&mut command, range),
-            WRITE => this.write(&mut command, range),
-            MIGRATE_TO_DEV => this.migrate_to_device(&mut command, range),
-            MIGRATE_TO_SYS => this.migrate_to_system(&mut command, range),
-            SNAPSHOT => this.snapshot(&mut command, range),
-            EXCLUSIVE => this.exclusive(&mut command, range),
-            CHECK_EXCLUSIVE if this.space.has_exclusive(clamp(&range))? => Err(EPERM),
+            READ => self.read(&mut command, range),
+            WRITE => self.write(&mut command, range),
+            MIGRATE_TO_DEV => self.migrate_to_device(&mut command, range),
+            MIGRATE_TO_SYS => self.migrate_to_system(&mut command, range),
+            SNAPSHOT => self.snapshot(&mut command, range),
+            EXCLUSIVE => self.exclusive(&mut command, range),
+            CHECK_EXCLUSIVE if self.space.has_exclusive(clamp(&range))? => Err(EPERM),
             CHECK_EXCLUSIVE => Ok(()),
             RELEASE => {
-                this.gpu.bring_all_home(None, Cause::Request);
+                self.gpu.bring_all_home(None, Cause::Request);
                 Ok(())
             }
             FLAGS => {
                 let fail = command.pages & FLAG_FAIL_ALLOC != 0;
-                this.space.fail_next_allocation(fail);
+                self.space.fail_next_allocation(fail);
                 Ok(())
             }
             _ => Err(EINVAL),
@@ -146,12 +141,12 @@ impl FileOps for OpenMirror {
         Ok(0)
     }
 
-    fn poll(_this: ArcBorrow<'_, Self>, _file: &File, _table: &PollTable<'_>) -> u32 {
+    fn poll(&self, _file: &File, _table: &PollTable<'_>) -> u32 {
         0
     }
 
     /// Pages of the kernel, each in a mapping of its own kind.
-    fn mmap(_this: ArcBorrow<'_, Self>, vma: &VmaNew) -> Result {
+    fn mmap(vma: &VmaNew) -> Result {
         let mixed = vma.set_mixedmap();
         for address in (vma.start()..vma.end()).step_by(PAGE_SIZE) {
             // The mapping has a reference of its own.
@@ -162,9 +157,9 @@ impl FileOps for OpenMirror {
     }
 
     /// Nothing stays on the device behind any file that is closed, as in the kernel's module.
-    fn release(this: Arc<Self>) {
-        this.space.close(uapi::JobStatus::Killed);
-        this.gpu.bring_all_home(None, Cause::Request);
+    fn release(&self) {
+        self.space.close(uapi::JobStatus::Killed);
+        self.gpu.bring_all_home(None, Cause::Request);
     }
 }
 

@@ -7,7 +7,7 @@ use crate::{
     gpu::Gpu,
     kapi::{
         chardev::{FileOps, Kind, POLLERR, POLLHUP, POLLIN},
-        mm::TASK_SIZE,
+        mm::{is_current_mm, TASK_SIZE},
         signal::fatal_signal_pending,
     },
     svm::{jobs::MAX_JOBS, query, Space, REGION_BYTES},
@@ -18,9 +18,10 @@ use core::ops::Range;
 use farfault_protocol::submit::Kernel;
 use kernel::{
     fs::File,
+    mm::Mm,
     page::PAGE_SIZE,
     prelude::*,
-    sync::{poll::PollTable, Arc, ArcBorrow},
+    sync::{poll::PollTable, Arc},
     time::{msecs_to_jiffies, Instant, Jiffies, Monotonic},
     uaccess::{UserPtr, UserSlice},
 };
@@ -38,52 +39,50 @@ pub(crate) struct OpenFile {
 impl FileOps for OpenFile {
     type Shared = Gpu;
 
-    fn open(gpu: &Arc<Gpu>) -> Result<Arc<Self>> {
-        let space = Space::open(gpu)?;
-        let file = Arc::new(
-            Self {
-                gpu: gpu.clone(),
-                space: space.clone(),
-            },
-            GFP_KERNEL,
-        );
-        if file.is_err() {
-            space.close(uapi::JobStatus::Killed);
-        }
-        Ok(file?)
+    fn check(gpu: &Gpu) -> Result {
+        gpu.usable()
     }
 
-    fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize> {
-        if !this.space.is_current() {
+    fn open(gpu: &Arc<Gpu>, opener: &Mm) -> Result<Self> {
+        if !is_current_mm(opener) {
             return Err(EPERM);
         }
-        if this.space.is_closed() {
+        Ok(Self {
+            gpu: gpu.clone(),
+            space: Space::open(gpu, opener)?,
+        })
+    }
+
+    fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
+        if !self.space.is_current() {
+            return Err(EPERM);
+        }
+        if self.space.is_closed() {
             return Err(ENODEV);
         }
-        this.space.begin()?;
         match cmd {
-            uapi::IOC_INFO => write_to_user(arg, &this.info()),
-            uapi::IOC_SUBMIT => this.submit(arg),
-            uapi::IOC_WAIT => this.wait(arg),
-            uapi::IOC_KILL => this.space.kill(read_from_user::<uapi::Kill>(arg)?.fence),
-            uapi::IOC_MIGRATE => this.migrate(arg),
-            uapi::IOC_ADVISE => this.advise(arg),
-            uapi::IOC_QUERY => this.query(arg),
-            uapi::IOC_STATS => write_to_user(arg, &this.space.counters.read()),
-            uapi::IOC_EXCLUSIVE => this.exclusive(arg),
-            uapi::IOC_PING => this.gpu.usable().and_then(|()| this.gpu.ping()),
+            uapi::IOC_INFO => write_to_user(arg, &self.info()),
+            uapi::IOC_SUBMIT => self.submit(arg),
+            uapi::IOC_WAIT => self.wait(arg),
+            uapi::IOC_KILL => self.space.kill(read_from_user::<uapi::Kill>(arg)?.fence),
+            uapi::IOC_MIGRATE => self.migrate(arg),
+            uapi::IOC_ADVISE => self.advise(arg),
+            uapi::IOC_QUERY => self.query(arg),
+            uapi::IOC_STATS => write_to_user(arg, &self.space.counters.read()),
+            uapi::IOC_EXCLUSIVE => self.exclusive(arg),
+            uapi::IOC_PING => self.gpu.usable().and_then(|()| self.gpu.ping()),
             _ => return Err(ENOTTY),
         }?;
         Ok(0)
     }
 
-    fn poll(this: ArcBorrow<'_, Self>, file: &File, table: &PollTable<'_>) -> u32 {
-        table.register_wait(file, this.space.jobs.ended());
+    fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
+        table.register_wait(file, self.space.jobs.ended());
         let mut mask = 0;
-        if this.space.jobs.any_ended() {
+        if self.space.jobs.any_ended() {
             mask |= POLLIN;
         }
-        match this.gpu.usable() {
+        match self.gpu.usable() {
             Ok(()) => {}
             Err(e) if e == EIO => mask |= POLLERR,
             Err(_) => mask |= POLLHUP,
@@ -91,8 +90,8 @@ impl FileOps for OpenFile {
         mask
     }
 
-    fn release(this: Arc<Self>) {
-        this.space.close(uapi::JobStatus::Killed);
+    fn release(&self) {
+        self.space.close(uapi::JobStatus::Killed);
     }
 }
 

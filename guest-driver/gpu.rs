@@ -292,7 +292,7 @@ impl Gpu {
             "{left} pages of VRAM cannot go home, for want of RAM or because they have failed: the \
              machine cannot sleep. Free some, or end who has them, and try again\n"
         );
-        self.each_space(Space::resume)?;
+        self.reenter_device()?;
         Err(ENOMEM)
     }
 
@@ -303,7 +303,12 @@ impl Gpu {
             return Ok(());
         }
         self.open(queues)?;
-        self.each_space(Space::resume)
+        self.reenter_device()
+    }
+
+    fn reenter_device(&self) -> Result {
+        // Who closes one is done with it first, or waits.
+        self.each_space(|space| space.enter_device().or_else(unless_gone))
     }
 
     fn each_space(&self, act: impl Fn(&Space) -> Result) -> Result {

@@ -3,22 +3,28 @@
 //!
 //! `kernel::miscdevice` leaves `file_operations::owner` empty, so a module can go away under an
 //! open file, and has no `poll`. Here an open file pins the module (the core sees to that by the
-//! owner) and has its own value in an `Arc`; the device may be deregistered under it.
+//! owner) and has a value of its own; the device may be deregistered under it.
+//!
+//! The core opens files with a mutex held that all misc devices of the machine share. So an open only
+//! notes whose address space it is, and the file's value is made by its first call.
 //!
 //! C headers: `include/linux/miscdevice.h`, `include/linux/fs.h`.
 
+use super::mm;
 use crate::bindings;
 use kernel::{
     container_of,
     error::to_result,
     fs::File,
-    mm::virt::VmaNew,
+    mm::{virt::VmaNew, Mm},
+    new_mutex,
     prelude::*,
     str::CString,
     sync::{
+        aref::ARef,
         atomic::{Atomic, Full, Relaxed},
         poll::PollTable,
-        Arc, ArcBorrow,
+        Arc, Mutex, SetOnce,
     },
     types::{ForeignOwnable, Opaque},
 };
@@ -35,24 +41,74 @@ pub(crate) trait FileOps: Sized + Send + Sync + 'static {
     /// What all files of a device share.
     type Shared: Send + Sync + 'static;
 
-    /// Somebody opens the device. A mutex of all misc devices is held: it must not wait for hardware.
-    /// The device is not deregistered meanwhile.
-    fn open(shared: &Arc<Self::Shared>) -> Result<Arc<Self>>;
+    /// Somebody opens the device, with a mutex of all misc devices held: whether he may. It must not wait
+    /// for anything.
+    fn check(shared: &Self::Shared) -> Result;
+
+    /// The first call or poll of a file that `opener` has opened; the next one tries again if it fails.
+    /// `EINTR` restarts the call.
+    fn open(shared: &Arc<Self::Shared>, opener: &Mm) -> Result<Self>;
 
     /// `arg` is a user pointer or a number; 32-bit programs' pointers are converted.
-    fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize>;
+    fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize>;
 
     /// What is ready, of `POLLIN` and so on, after `table.register_wait(file, condvar)`.
-    fn poll(this: ArcBorrow<'_, Self>, file: &File, table: &PollTable<'_>) -> u32;
+    fn poll(&self, file: &File, table: &PollTable<'_>) -> u32;
 
-    /// Somebody maps the device. `ENODEV`: it cannot be.
-    fn mmap(_this: ArcBorrow<'_, Self>, _vma: &VmaNew) -> Result {
+    /// Somebody maps the device, with his mmap lock held. `ENODEV`: it cannot be.
+    fn mmap(_vma: &VmaNew) -> Result {
         Err(ENODEV)
     }
 
-    /// The last close. Work that was queued may still hold references.
-    fn release(this: Arc<Self>) {
-        drop(this);
+    /// The last close, if there was a call. Work that was queued may still go on.
+    fn release(&self);
+}
+
+/// An open file.
+#[pin_data]
+struct Opened<F: FileOps> {
+    shared: Arc<F::Shared>,
+    opener: ARef<Mm>,
+    /// One first call at a time.
+    #[pin]
+    first: Mutex<()>,
+    ops: SetOnce<F>,
+}
+
+impl<F: FileOps> Opened<F> {
+    fn new(shared: &Arc<F::Shared>) -> Result<Pin<KBox<Self>>> {
+        F::check(shared)?;
+        let opener = mm::current_mm().ok_or(EINVAL)?;
+        KBox::pin_init(
+            try_pin_init!(Self {
+                shared: shared.clone(),
+                opener,
+                first <- new_mutex!(()),
+                ops: SetOnce::new(),
+            }? Error),
+            GFP_KERNEL,
+        )
+    }
+
+    /// What the file does.
+    fn ops(&self) -> Result<&F> {
+        if let Some(ops) = self.ops.as_ref() {
+            return Ok(ops);
+        }
+        let _first = self.first.lock();
+        if self.ops.as_ref().is_none() {
+            self.ops.populate(F::open(&self.shared, &self.opener)?);
+        }
+        self.ops.as_ref().ok_or(EINVAL)
+    }
+
+    fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
+        let ops = self.ops().map_err(|error| match error {
+            // As nothing has happened yet, nobody need see it.
+            EINTR => ERESTARTNOINTR,
+            error => error,
+        })?;
+        ops.ioctl(cmd, arg)
     }
 }
 
@@ -189,7 +245,7 @@ impl<F: FileOps> Chardev<F> {
             let misc = Opaque::cast_from((*file).private_data.cast::<bindings::miscdevice>());
             &*container_of!(misc.cast_mut(), Self, misc)
         };
-        match F::open(&this.shared) {
+        match Opened::<F>::new(&this.shared) {
             Ok(opened) => {
                 // SAFETY: From here on the private data is ours.
                 unsafe { (*file).private_data = opened.into_foreign() };
@@ -202,9 +258,9 @@ impl<F: FileOps> Chardev<F> {
     /// # Safety
     ///
     /// `file` must have been opened by `open_callback`, and not be released for `'a`.
-    unsafe fn borrow<'a>(file: *mut bindings::file) -> ArcBorrow<'a, F> {
-        // SAFETY: `open_callback` has stored an `Arc<F>`.
-        unsafe { <Arc<F> as ForeignOwnable>::borrow((*file).private_data) }
+    unsafe fn borrow<'a>(file: *mut bindings::file) -> Pin<&'a Opened<F>> {
+        // SAFETY: `open_callback` has stored it.
+        unsafe { <Pin<KBox<Opened<F>>> as ForeignOwnable>::borrow((*file).private_data) }
     }
 
     /// # Safety
@@ -214,8 +270,12 @@ impl<F: FileOps> Chardev<F> {
         _inode: *mut bindings::inode,
         file: *mut bindings::file,
     ) -> c_int {
-        // SAFETY: `open_callback` has stored an `Arc<F>`, and this is the only call.
-        F::release(unsafe { <Arc<F> as ForeignOwnable>::from_foreign((*file).private_data) });
+        // SAFETY: `open_callback` has stored it, and this is the only call.
+        let opened =
+            unsafe { <Pin<KBox<Opened<F>>> as ForeignOwnable>::from_foreign((*file).private_data) };
+        if let Some(ops) = opened.ops.as_ref() {
+            ops.release();
+        }
         0
     }
 
@@ -228,8 +288,8 @@ impl<F: FileOps> Chardev<F> {
         arg: c_ulong,
     ) -> c_long {
         // SAFETY: By the function's contract; files are not released during a call.
-        let this = unsafe { Self::borrow(file) };
-        match F::ioctl(this, cmd, arg) {
+        let opened = unsafe { Self::borrow(file) };
+        match opened.ioctl(cmd, arg) {
             Ok(value) => value,
             Err(error) => error.to_errno() as c_long,
         }
@@ -239,12 +299,12 @@ impl<F: FileOps> Chardev<F> {
     ///
     /// Only for the core: `file` was opened by `open_callback`, `vma` is being set up for it.
     unsafe extern "C" fn mmap_callback(
-        file: *mut bindings::file,
+        _file: *mut bindings::file,
         vma: *mut bindings::vm_area_struct,
     ) -> c_int {
-        // SAFETY: By the function's contract; files are not released during a call.
-        let (this, vma) = unsafe { (Self::borrow(file), VmaNew::from_raw(vma)) };
-        match F::mmap(this, vma) {
+        // SAFETY: By the function's contract.
+        let vma = unsafe { VmaNew::from_raw(vma) };
+        match F::mmap(vma) {
             Ok(()) => 0,
             Err(error) => error.to_errno(),
         }
@@ -258,14 +318,18 @@ impl<F: FileOps> Chardev<F> {
         table: *mut bindings::poll_table_struct,
     ) -> bindings::__poll_t {
         // SAFETY: By the function's contract; files are not released during a call.
-        let (this, file, table) = unsafe {
+        let (opened, file, table) = unsafe {
             (
                 Self::borrow(file),
                 File::from_raw_file(file),
                 PollTable::from_raw(table),
             )
         };
-        F::poll(this, file, &table)
+        match opened.ops() {
+            Ok(ops) => ops.poll(file, &table),
+            // There is nothing that could be waited for.
+            Err(_) => POLLERR,
+        }
     }
 }
 

@@ -33,9 +33,9 @@ pub(crate) const ADDRESS_LIMIT: usize = 1 << 47;
 /// Where the addresses of a process end: a page before that.
 pub(crate) const TASK_SIZE: usize = ADDRESS_LIMIT - PAGE_SIZE;
 
-/// The caller's address space, with a reference on its users. `None` in a kernel thread.
-pub(crate) fn current_mm() -> Option<ARef<MmWithUser>> {
-    current!().mm().map(ARef::from)
+/// The caller's address space. `None` in a kernel thread.
+pub(crate) fn current_mm() -> Option<ARef<Mm>> {
+    current!().mm().map(|mm| ARef::<Mm>::from(&**mm))
 }
 
 /// Whether both are the same address space.

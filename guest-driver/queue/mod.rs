@@ -281,6 +281,10 @@ impl Channel {
         let _sleep = (!poll(poll_limit, is_answered)).then(|| Sleep::new(self));
         loop {
             let waited = call.answered.wait_timeout(time_limit());
+            if waited.is_err() {
+                // It may have come without its interrupt: a device that answers is not lost.
+                self.drain();
+            }
             let mut progress = call.progress.lock();
             match core::mem::replace(&mut *progress, Progress::Abandoned) {
                 Progress::Answered(message) => {

@@ -69,7 +69,7 @@ use farfault_protocol::{
     U32, U64,
 };
 use kernel::{
-    mm::MmWithUser,
+    mm::{Mm, MmWithUser},
     new_mutex, new_spinlock,
     prelude::*,
     sync::{
@@ -117,8 +117,6 @@ pub(crate) struct Space {
     context: u32,
     /// No job of this address space has a smaller one.
     first_fence: u64,
-    /// The device knows it, or did before the machine went to sleep.
-    begun: Atomic<bool>,
     /// The address space ends: no more faults are served.
     closing: Atomic<bool>,
     /// It has ended on the device.
@@ -157,21 +155,18 @@ impl WorkItem for Space {
 }
 
 impl Space {
-    /// Mirrors the address space of the calling process. `ENOSPC`: the device has no context left.
-    ///
-    /// The device is not told before [`Space::begin`]: who opens a file may hold a lock that others need.
-    pub(crate) fn open(gpu: &Arc<Gpu>) -> Result<Arc<Self>> {
-        let mm = mm::current_mm().ok_or(EINVAL)?;
+    /// Mirrors the address space of `opener`. `ENOSPC`: the device has no context left, or no VRAM for its
+    /// page tables. `ESRCH`: the process has ended. `EINTR`: a signal came first. `EIO`: the device is lost.
+    pub(crate) fn open(gpu: &Arc<Gpu>, opener: &Mm) -> Result<Arc<Self>> {
+        let mm = opener.mmget_not_zero().ok_or(ESRCH)?;
         gpu.usable()?;
         let context = gpu.contexts.reserve()?;
         let space = Self::create(gpu, context, &mm);
         let space = space.inspect_err(|_| gpu.contexts.release(context))?;
         gpu.contexts.publish(context, space.clone());
         // Who unbinds the driver closes what is published: if it was too late for that, it is now.
-        if let Err(error) = gpu.usable() {
-            space.close(uapi::JobStatus::DeviceLost);
-            return Err(error);
-        }
+        let entered = gpu.usable().and_then(|()| space.enter_device());
+        entered.inspect_err(|_| space.close(uapi::JobStatus::DeviceLost))?;
         Ok(space)
     }
 
@@ -187,7 +182,6 @@ impl Space {
                 gpu: gpu.clone(),
                 context,
                 first_fence: gpu.new_fence(),
-                begun: Atomic::new(false),
                 closing: Atomic::new(false),
                 closed: Atomic::new(false),
                 fail_next: Atomic::new(false),
@@ -211,21 +205,10 @@ impl Space {
         )
     }
 
-    /// Makes the address space known to the device, before its first use. `EIO`: the device is lost.
-    pub(crate) fn begin(&self) -> Result {
-        if self.begun.load(Relaxed) {
-            return Ok(());
-        }
+    /// Makes the address space known to the device, with nothing mapped: the GPU's first use of a page
+    /// faults. `ENODEV`: it ends. `EIO`: the device is lost.
+    pub(crate) fn enter_device(&self) -> Result {
         let _service = self.service()?;
-        if !self.begun.load(Relaxed) {
-            self.start()?;
-            self.begun.store(true, Relaxed);
-        }
-        Ok(())
-    }
-
-    /// Makes the context on the device. Before, everything finds the address space without tables.
-    fn start(&self) -> Result {
         let root = self.gpu.take_table()?;
         self.pending.lock().clear();
         let mut tables = self.mirror.lock();
@@ -416,7 +399,7 @@ impl Space {
         Some(table)
     }
 
-    /// Before the machine sleeps: as [`Space::close`], but for [`Space::resume`].
+    /// Before the machine sleeps: as [`Space::close`], but for [`Space::enter_device`].
     pub(crate) fn suspend(&self) {
         let _service = self.service.lock();
         let table = self.leave_device();
@@ -425,17 +408,5 @@ impl Space {
         if let Some(table) = table {
             table.end(&self.gpu.vram);
         }
-    }
-
-    /// The address space is on the device again, with nothing mapped.
-    pub(crate) fn resume(&self) -> Result {
-        // Who closes it is done with it first, or waits.
-        let Ok(_service) = self.service() else {
-            return Ok(());
-        };
-        if !self.begun.load(Relaxed) {
-            return Ok(());
-        }
-        self.start()
     }
 }

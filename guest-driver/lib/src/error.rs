@@ -228,8 +228,8 @@ fn explain(cause: &io::Error) -> String {
         Some(Errno::AGAIN) => "too many jobs have not been collected; wait for one first",
         Some(Errno::NOENT) => "there is no such job; it was collected before",
         Some(Errno::NOSPC) => {
-            "no VRAM is left for page tables, or too many ranges have an advice of their own; close \
-             other users of the GPU, or advise larger ranges"
+            "no context or no VRAM for page tables is left, or too many ranges have an advice of their \
+             own; close other users of the GPU, or advise larger ranges"
         }
         Some(Errno::NOMEM) => "the kernel has no memory for the call; free some and try again",
         Some(Errno::OPNOTSUPP) => {

@@ -17,10 +17,10 @@ const CONTEXTS: usize = 64;
 
 fn ensure_no_context_is_left() -> Result<()> {
     match Gpu::open_first() {
-        Err(Error::Open { cause, .. }) if Errno::from_io_error(&cause) == Some(Errno::NOSPC) => {
+        Err(Error::Call { cause, .. }) if Errno::from_io_error(&cause) == Some(Errno::NOSPC) => {
             Ok(())
         }
-        other => bail!("an open without a context: {other:?}"),
+        other => bail!("a first call without a context: {other:?}"),
     }
 }
 

@@ -14,7 +14,7 @@ use rustix::{
 use std::{
     fs::{self, File, OpenOptions},
     os::unix::fs::OpenOptionsExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
 };
 
@@ -63,6 +63,12 @@ impl Ext4 {
         self.mount_there()
     }
 
+    /// Who writes to it waits, with all locks that he holds, until this is dropped.
+    pub(super) fn freeze(&self) -> Result<Frozen<'_>> {
+        fsfreeze("--freeze", &self.0)?;
+        Ok(Frozen(&self.0))
+    }
+
     fn open_with(&self, flags: OFlags) -> Result<File> {
         let flags = i32::try_from(flags.bits())?;
         let mut options = OpenOptions::new();
@@ -86,6 +92,23 @@ impl Drop for Ext4 {
         // Lazily: a mapping may be left of a case that failed.
         let _ = unmount(&self.0, UnmountFlags::DETACH);
         let _ = fs::remove_dir(&self.0);
+    }
+}
+
+fn fsfreeze(what: &str, folder: &Path) -> Result<()> {
+    let status = Command::new("fsfreeze").arg(what).arg(folder).status()?;
+    ensure!(status.success(), "fsfreeze {what} failed: {status}");
+    Ok(())
+}
+
+/// A frozen filesystem.
+pub(super) struct Frozen<'a>(&'a Path);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = fsfreeze("--unfreeze", self.0) {
+            eprintln!("{error:?}");
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::guest::{
     call::{self, JOB_TIME, Job, ensure_status},
-    child::code,
+    child::{Gate, code},
     oracle,
     place::{count, migrate},
     settings,
@@ -18,7 +18,7 @@ use anyhow::{Context, Result, ensure};
 use farfault::arena::{Backing, Region};
 use farfault::{
     Access, Gpu, PAGE_SIZE, Place,
-    process::{Ended, fork},
+    process::{Child, Ended, fork},
     stage::Advice,
     uapi::JobStatus,
 };
@@ -27,7 +27,7 @@ use rustix::{
     io::Errno,
 };
 use std::{
-    fs::File,
+    fs::{self, File},
     os::unix::fs::FileExt,
     time::{Duration, Instant},
 };
@@ -43,6 +43,7 @@ group! { "mm::writeback", on Disk, seconds 120:
     file_truncated_under_a_job_is_a_fault_for_it_and_sigbus_for_a_cpu,
     file_truncated_within_a_page_shows_zeros_behind_its_end,
     hole_punched_under_a_job_shows_zeros_and_nothing_else_is_lost,
+    open_by_a_process_whose_mmap_lock_a_frozen_disk_holds_keeps_nobody_else_waiting,
 }
 
 const LENGTH: usize = 1 << 20;
@@ -338,5 +339,46 @@ fn hole_punched_under_a_job_shows_zeros_and_nothing_else_is_lost() -> Result<()>
     ensure!(words[0] == counted && words[1..HOLE / 8].iter().all(|&word| word == 0));
     let should = |index| oracle::word(SEED, index).wrapping_add(10);
     ensure!((HOLE / 8..words.len()).all(|index| words[index] == should(index)));
+    Ok(())
+}
+
+fn is_in_state(child: &Child, state: char) -> Result<bool> {
+    let pid = child.pid().context("a child that was waited for")?;
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid()))?;
+    let (_, behind_name) = stat.rsplit_once(") ").context("/proc/PID/stat")?;
+    Ok(behind_name.starts_with(state))
+}
+
+fn open_by_a_process_whose_mmap_lock_a_frozen_disk_holds_keeps_nobody_else_waiting() -> Result<()> {
+    let ext4 = Ext4::mount()?;
+    let file = seeded(&ext4, PAGE_SIZE)?;
+    let region = Region::map(PAGE_SIZE, Backing::File(&file))?;
+    let gates = [Gate::new()?, Gate::new()?, Gate::new()?];
+    let [held_may, writer_may, other_may] = &gates;
+    let open = || Ok(Gpu::open_first().map(drop)?);
+    let held = fork(|| code(held_may.wait().and_then(|()| open())))?;
+    let held_pid = held.pid().context("a child")?;
+    let write = || {
+        let written = region.write_process(held_pid, region)?;
+        ensure!(written == PAGE_SIZE, "{written} bytes");
+        Ok(())
+    };
+    let writer = fork(|| code(writer_may.wait().and_then(|()| write())))?;
+    let other = fork(|| code(other_may.wait().and_then(|()| open())))?;
+    // Dropped before the children, which could not be killed.
+    let frozen = ext4.freeze()?;
+    writer_may.open()?;
+    eventually("the writer waits", || is_in_state(&writer, 'D'))?;
+    held_may.open()?;
+    eventually("the opener waits", || is_in_state(&held, 'D'))?;
+    other_may.open()?;
+    eventually("another one has opened it", || is_in_state(&other, 'Z'))?;
+    ensure!(is_in_state(&held, 'D')?, "the lock was not held");
+    drop(frozen);
+    for child in [writer, held, other] {
+        let ended = child.wait()?;
+        ensure!(ended == Ended::Exited(0), "{ended:?}");
+    }
+    region.unmap()?;
     Ok(())
 }
