@@ -20,8 +20,6 @@ use farfault::{
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    fs::{Mode, OFlags},
-    io::Errno,
     process::{Signal, kill_process},
 };
 use signal_hook::consts::SIGUSR1;
@@ -51,7 +49,7 @@ group! { "process", on Small, seconds 90:
     kill_during_a_migration_of_what_was_never_touched_ends_in_time,
     reopening_many_times_works,
     opening_many_times_without_a_call_works,
-    opens_that_are_interrupted_use_up_no_context,
+    first_calls_under_signals_all_work_and_use_up_no_context,
     calls_of_a_process_that_handles_signals_are_not_cut_short,
     first_calls_of_many_threads_at_once_all_work,
 }
@@ -249,50 +247,26 @@ fn opening_many_times_without_a_call_works() -> Result<()> {
     Ok(())
 }
 
-/// Opens the node until that succeeds, under signals; how often it was interrupted.
-fn opens_under_signals() -> Result<u8> {
-    let mut interrupted = 0;
-    loop {
-        match rustix::fs::open(NODE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
-            Ok(_) => return Ok(interrupted),
-            Err(Errno::INTR) if interrupted < u8::MAX => interrupted += 1,
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-fn opens_that_are_interrupted_use_up_no_context() -> Result<()> {
-    const ENOUGH: i32 = 5;
-    const FAILED: u8 = u8::MAX;
+/// A signal can interrupt the making of an address space, which then begins anew: the process does not see it.
+fn first_calls_under_signals_all_work_and_use_up_no_context() -> Result<()> {
+    const CHILDREN: usize = 60;
     let lowest = || -> Result<u32> { Ok(Gpu::open_first()?.info().context) };
     let before = lowest()?;
     let handled = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(SIGUSR1, handled)?;
     let deadline = Instant::now() + END;
-    let mut interrupted = 0;
-    while interrupted < ENOUGH {
-        ensure!(
-            Instant::now() < deadline,
-            "only {interrupted} opens were interrupted"
-        );
-        // The first open of a process can be, and no other.
-        let child = fork(|| opens_under_signals().unwrap_or(FAILED))?;
+    for round in 0..CHILDREN {
+        // The first call of a process can be interrupted so, and no other.
+        let child = fork(|| code(Gpu::open_first().map(drop).map_err(Into::into)))?;
         let pid = child.pid().context("the child has no pid")?;
         // Until the child is no more.
         let other = fork(|| {
             while Instant::now() < deadline && kill_process(pid, Signal::USR1).is_ok() {}
             0
         })?;
-        let end = child.wait()?;
+        let ended = child.wait()?;
         other.wait()?;
-        let Ended::Exited(code) = end else {
-            bail!("a child that opens: {end:?}");
-        };
-        ensure!(
-            code != i32::from(FAILED),
-            "an open failed, or was interrupted for ever"
-        );
-        interrupted += code;
+        ensure!(ended == Ended::Exited(0), "round {round}: {ended:?}");
     }
     let after = lowest()?;
     ensure!(

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! WAITs that last as long as their job, whatever happens to the process meanwhile.
+//! WAITs that last as long as their job, whatever happens to the process meanwhile; and epoll.
 
 use super::jobs::ring;
-use crate::guest::call::{self, JOB_TIME, Job};
+use crate::guest::call::{self, JOB_TIME, Job, events};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use farfault::arena::{Backing, Call, Region, call_at};
 use farfault::{
@@ -10,6 +10,8 @@ use farfault::{
     uapi::{self, JobStatus},
 };
 use rustix::{
+    event::{PollFlags, Timespec, epoll},
+    fd::AsFd,
     io::Errno,
     process::{Signal, getpid, kill_process},
 };
@@ -26,6 +28,7 @@ use std::{
 group! { "jobs", on Small, seconds 60:
     wait_of_any_length_ends_with_its_job_or_by_a_handled_signal,
     wait_interrupted_at_its_end_has_no_time_left,
+    epoll_added_while_a_job_has_ended_wakes_for_the_next,
 }
 
 /// Sends these signals to this process, some time between them.
@@ -131,4 +134,38 @@ fn wait_interrupted_at_its_end_has_no_time_left() -> Result<()> {
         waited
     })?;
     Ok(call::kill(&gpu, fence)?)
+}
+
+/// Whether there is an event within a time.
+fn is_woken(epoll: impl AsFd, within: Duration) -> Result<bool> {
+    let mut events = Vec::with_capacity(1);
+    let within = Timespec::try_from(within)?;
+    epoll::wait(
+        epoll,
+        rustix::buffer::spare_capacity(&mut events),
+        Some(&within),
+    )?;
+    Ok(!events.is_empty())
+}
+
+/// It asks for a file's wait queue when the file is added, and never again.
+fn epoll_added_while_a_job_has_ended_wakes_for_the_next() -> Result<()> {
+    let gpu = Gpu::open_first()?;
+    let ring = ring()?;
+    for edge in [epoll::EventFlags::empty(), epoll::EventFlags::ET] {
+        let ended = Job::fill(ring, 0).submit(&gpu)?;
+        ensure!(events(&gpu, JOB_TIME)? == PollFlags::IN);
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let data = epoll::EventData::new_u64(0);
+        epoll::add(&epoll, &gpu, data, epoll::EventFlags::IN | edge)?;
+        ensure!(is_woken(&epoll, Duration::ZERO)?, "{edge:?}: has ended");
+        call::wait(&gpu, ended, JOB_TIME)?;
+        ensure!(!is_woken(&epoll, Duration::ZERO)?, "{edge:?}: collected");
+        for round in 0..2 {
+            let next = Job::fill(ring, 0).submit(&gpu)?;
+            ensure!(is_woken(&epoll, JOB_TIME)?, "{edge:?}, round {round}");
+            call::wait(&gpu, next, JOB_TIME)?;
+        }
+    }
+    Ok(())
 }
