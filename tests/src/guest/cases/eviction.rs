@@ -24,6 +24,7 @@ group! { "eviction", on Small, seconds 300:
     first_call_of_a_descriptor_finds_room_in_full_vram,
     block_in_use_stays_while_others_go,
     pages_that_are_not_where_they_were_put_make_room,
+    pages_of_a_process_that_has_ended_are_passed_over,
     several_processes_share_vram_and_keep_their_data,
     two_descriptors_of_one_process_evict_each_other,
 }
@@ -91,6 +92,41 @@ fn requests_for_a_few_pages_each_of_more_than_vram_move_what_fits() -> Result<()
     let in_vram = count(&gpu, region, Place::Vram)? as u64;
     ensure!(in_vram * 2 * PAGE_SIZE as u64 > VRAM, "{in_vram}");
     oracle::check(region, SEED, 0)
+}
+
+/// A child has them, with the descriptor. There is no process through which they could go home.
+fn pages_of_a_process_that_has_ended_are_passed_over() -> Result<()> {
+    let (go_on, right) = (Gate::new()?, Gate::new()?);
+    let owner = fork(|| {
+        code((|| {
+            let left = Region::map(HUGE_PAGE_SIZE, Backing::Small)?;
+            oracle::write(left, SEED);
+            let gpu = Gpu::open_first()?;
+            move_all(&gpu, left, Place::Vram)?;
+            let heir = || {
+                go_on.wait()?;
+                oracle::check(left, SEED, 0)?;
+                right.open()
+            };
+            // Dropped, it would be killed.
+            std::mem::forget(fork(|| code(heir()))?);
+            Ok(())
+        })())
+    })?;
+    let ended = owner.wait()?;
+    ensure!(ended == Ended::Exited(0), "{ended:?}");
+    let used = driver_count(0, "vram_pages_used")?;
+    ensure!(used >= 512, "{used} pages are left");
+    let gpu = Gpu::open_first()?;
+    let full = full_vram(&gpu)?;
+    let next = full_vram(&gpu)?;
+    let came = count(&gpu, next, Place::Vram)?;
+    ensure!(came > next.pages().count() / 2, "{came} pages found room");
+    for region in [full, next] {
+        oracle::check(region, SEED, 0)?;
+    }
+    go_on.open()?;
+    right.wait()
 }
 
 /// As many pages as there is VRAM, as far as they fit.
