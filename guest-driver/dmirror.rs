@@ -29,12 +29,11 @@ use crate::{
 };
 use core::ops::Range;
 use kernel::{
-    fs::File,
     ioctl::_IOWR,
     mm::{virt::VmaNew, Mm},
     page::{Page, PAGE_SHIFT, PAGE_SIZE},
     prelude::*,
-    sync::{poll::PollTable, Arc},
+    sync::{poll::PollCondVar, Arc},
     time::delay::fsleep,
     uaccess::{UserPtr, UserSlice},
 };
@@ -95,10 +94,14 @@ impl FileOps for OpenMirror {
         gpu.usable()
     }
 
-    fn open(gpu: &Arc<Gpu>, opener: &Mm) -> Result<Self> {
+    fn may_call(_opener: &Mm) -> Result {
+        Ok(())
+    }
+
+    fn open(gpu: &Arc<Gpu>, opener: &Mm, ready: &Arc<PollCondVar>) -> Result<Self> {
         Ok(Self {
             gpu: gpu.clone(),
-            space: Space::open(gpu, opener).map_err(without_mm)?,
+            space: Space::open(gpu, opener, ready).map_err(without_mm)?,
         })
     }
 
@@ -141,8 +144,12 @@ impl FileOps for OpenMirror {
         Ok(0)
     }
 
-    fn poll(&self, _file: &File, _table: &PollTable<'_>) -> u32 {
+    fn poll(_gpu: &Gpu, _this: Option<&Self>) -> u32 {
         0
+    }
+
+    fn all_ready(gpu: &Gpu) -> &PollCondVar {
+        gpu.unusable()
     }
 
     /// Pages of the kernel, each in a mapping of its own kind.

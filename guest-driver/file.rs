@@ -17,11 +17,10 @@ use crate::{
 use core::ops::Range;
 use farfault_protocol::submit::Kernel;
 use kernel::{
-    fs::File,
     mm::Mm,
     page::PAGE_SIZE,
     prelude::*,
-    sync::{poll::PollTable, Arc},
+    sync::{poll::PollCondVar, Arc},
     time::{msecs_to_jiffies, Instant, Jiffies, Monotonic},
     uaccess::{UserPtr, UserSlice},
 };
@@ -43,20 +42,21 @@ impl FileOps for OpenFile {
         gpu.usable()
     }
 
-    fn open(gpu: &Arc<Gpu>, opener: &Mm) -> Result<Self> {
+    fn may_call(opener: &Mm) -> Result {
         if !is_current_mm(opener) {
             return Err(EPERM);
         }
+        Ok(())
+    }
+
+    fn open(gpu: &Arc<Gpu>, opener: &Mm, ready: &Arc<PollCondVar>) -> Result<Self> {
         Ok(Self {
             gpu: gpu.clone(),
-            space: Space::open(gpu, opener)?,
+            space: Space::open(gpu, opener, ready)?,
         })
     }
 
     fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
-        if !self.space.is_current() {
-            return Err(EPERM);
-        }
         if self.space.is_closed() {
             return Err(ENODEV);
         }
@@ -76,18 +76,21 @@ impl FileOps for OpenFile {
         Ok(0)
     }
 
-    fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
-        table.register_wait(file, self.space.jobs.ended());
+    fn poll(gpu: &Gpu, this: Option<&Self>) -> u32 {
         let mut mask = 0;
-        if self.space.jobs.any_ended() {
+        if this.is_some_and(|file| file.space.jobs.any_ended()) {
             mask |= POLLIN;
         }
-        match self.gpu.usable() {
+        match gpu.usable() {
             Ok(()) => {}
             Err(e) if e == EIO => mask |= POLLERR,
             Err(_) => mask |= POLLHUP,
         }
         mask
+    }
+
+    fn all_ready(gpu: &Gpu) -> &PollCondVar {
+        gpu.unusable()
     }
 
     fn release(&self) {

@@ -43,12 +43,13 @@ use farfault_protocol::{
 use kernel::{
     device,
     device::Bound,
-    new_spinlock,
+    new_poll_condvar, new_spinlock,
     page::PAGE_SHIFT,
     prelude::*,
     sync::{
         aref::ARef,
         atomic::{Atomic, Full, Relaxed},
+        poll::PollCondVar,
         Arc, SpinLock,
     },
     time::{delay::fsleep, Delta},
@@ -139,6 +140,9 @@ pub(crate) struct Gpu {
     gone: Atomic<bool>,
     /// The device does not answer.
     lost: Atomic<bool>,
+    /// Notified of both.
+    #[pin]
+    unusable: PollCondVar,
     /// Not zero until then, if the device looks at it: its engines access RAM no longer.
     bus_master: Option<SharedWord>,
     pub(crate) counters: Counters,
@@ -213,6 +217,7 @@ impl Gpu {
                 limits,
                 gone: Atomic::new(false),
                 lost: Atomic::new(false),
+                unusable <- new_poll_condvar!(),
                 bus_master,
                 counters: Counters::new(),
                 next_fence: Atomic::new(1),
@@ -326,6 +331,7 @@ impl Gpu {
         if self.gone.xchg(true, Full) {
             return;
         }
+        self.unusable.notify_all();
         for context in self.contexts.numbers() {
             if let Some(space) = self.contexts.get(context) {
                 space.close(uapi::JobStatus::DeviceLost);
@@ -394,6 +400,11 @@ impl Gpu {
         self.reachable()
     }
 
+    /// Notified when it is usable no longer.
+    pub(crate) fn unusable(&self) -> &PollCondVar {
+        &self.unusable
+    }
+
     /// The pages of VRAM as mm has them. `ENODEV`: unbound.
     pub(crate) fn pagemap(&self) -> Result<Arc<Pagemap>> {
         self.pagemap.lock().clone().ok_or(ENODEV)
@@ -415,6 +426,7 @@ impl Gpu {
         for context in self.contexts.numbers() {
             self.contexts.with(context, |space| space.lose_jobs());
         }
+        self.unusable.notify_all();
     }
 
     /// `EIO`: lost. Unlike [`Gpu::usable`] for what must be done while the driver is unbound.

@@ -17,13 +17,13 @@ use kernel::{
     error::to_result,
     fs::File,
     mm::{virt::VmaNew, Mm},
-    new_mutex,
+    new_mutex, new_poll_condvar,
     prelude::*,
     str::CString,
     sync::{
         aref::ARef,
         atomic::{Atomic, Full, Relaxed},
-        poll::PollTable,
+        poll::{PollCondVar, PollTable},
         Arc, Mutex, SetOnce,
     },
     types::{ForeignOwnable, Opaque},
@@ -45,15 +45,22 @@ pub(crate) trait FileOps: Sized + Send + Sync + 'static {
     /// for anything.
     fn check(shared: &Self::Shared) -> Result;
 
-    /// The first call or poll of a file that `opener` has opened; the next one tries again if it fails.
-    /// `EINTR` restarts the call.
-    fn open(shared: &Arc<Self::Shared>, opener: &Mm) -> Result<Self>;
+    /// Whether the caller may use a file that `opener` has opened.
+    fn may_call(opener: &Mm) -> Result;
+
+    /// The first call of a file that `opener` has opened; the next one tries again if it fails. `EINTR`
+    /// restarts the call. `ready` is to be notified of what [`FileOps::poll`] would say.
+    fn open(shared: &Arc<Self::Shared>, opener: &Mm, ready: &Arc<PollCondVar>) -> Result<Self>;
 
     /// `arg` is a user pointer or a number; 32-bit programs' pointers are converted.
     fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize>;
 
-    /// What is ready, of `POLLIN` and so on, after `table.register_wait(file, condvar)`.
-    fn poll(&self, file: &File, table: &PollTable<'_>) -> u32;
+    /// What is ready, of `POLLIN` and so on; `None` stands for a file without a call yet. Whoever may not
+    /// call may ask this, and locks may be held that others need: it must not wait for anything.
+    fn poll(shared: &Self::Shared, this: Option<&Self>) -> u32;
+
+    /// Notified of what [`FileOps::poll`] would say of all files.
+    fn all_ready(shared: &Self::Shared) -> &PollCondVar;
 
     /// Somebody maps the device, with his mmap lock held. `ENODEV`: it cannot be.
     fn mmap(_vma: &VmaNew) -> Result {
@@ -69,6 +76,7 @@ pub(crate) trait FileOps: Sized + Send + Sync + 'static {
 struct Opened<F: FileOps> {
     shared: Arc<F::Shared>,
     opener: ARef<Mm>,
+    ready: Arc<PollCondVar>,
     /// One first call at a time.
     #[pin]
     first: Mutex<()>,
@@ -79,10 +87,12 @@ impl<F: FileOps> Opened<F> {
     fn new(shared: &Arc<F::Shared>) -> Result<Pin<KBox<Self>>> {
         F::check(shared)?;
         let opener = mm::current_mm().ok_or(EINVAL)?;
+        let ready = Arc::pin_init(new_poll_condvar!(), GFP_KERNEL)?;
         KBox::pin_init(
             try_pin_init!(Self {
                 shared: shared.clone(),
                 opener,
+                ready,
                 first <- new_mutex!(()),
                 ops: SetOnce::new(),
             }? Error),
@@ -97,18 +107,27 @@ impl<F: FileOps> Opened<F> {
         }
         let _first = self.first.lock();
         if self.ops.as_ref().is_none() {
-            self.ops.populate(F::open(&self.shared, &self.opener)?);
+            let ops = F::open(&self.shared, &self.opener, &self.ready)?;
+            self.ops.populate(ops);
         }
         self.ops.as_ref().ok_or(EINVAL)
     }
 
     fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
+        // Before the lock: others must not wait for the opener.
+        F::may_call(&self.opener)?;
         let ops = self.ops().map_err(|error| match error {
             // As nothing has happened yet, nobody need see it.
             EINTR => ERESTARTNOINTR,
             error => error,
         })?;
         ops.ioctl(cmd, arg)
+    }
+
+    fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
+        table.register_wait(file, &self.ready);
+        table.register_wait(file, F::all_ready(&self.shared));
+        F::poll(&self.shared, self.ops.as_ref())
     }
 }
 
@@ -325,11 +344,7 @@ impl<F: FileOps> Chardev<F> {
                 PollTable::from_raw(table),
             )
         };
-        match opened.ops() {
-            Ok(ops) => ops.poll(file, &table),
-            // There is nothing that could be waited for.
-            Err(_) => POLLERR,
-        }
+        opened.poll(file, &table)
     }
 }
 

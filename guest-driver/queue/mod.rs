@@ -217,7 +217,7 @@ impl Channel {
     /// answered first: that is waited for, with the same limit as an answer.
     fn send(&self, mut message: Message, patient: bool) -> Result<(), (Error, Message)> {
         let begun = Instant::<Monotonic>::now();
-        while begun.elapsed() < time_limit() {
+        loop {
             let mut ring = self.ring.lock();
             let Some(Ring {
                 queue,
@@ -249,10 +249,13 @@ impl Channel {
                 Err(refused) => return Err(refused),
             }
             drop(ring);
+            // Behind a last look, as for an answer.
+            if begun.elapsed() >= time_limit() {
+                return Err((ETIMEDOUT, message));
+            }
             fsleep(ROOM_PAUSE);
             self.drain();
         }
-        Err((ETIMEDOUT, message))
     }
 
     /// Sends a request. Its answer is to be waited for with [`Channel::finish`].

@@ -8,9 +8,9 @@
 
 use crate::uapi;
 use kernel::{
-    new_mutex, new_poll_condvar,
+    new_mutex,
     prelude::*,
-    sync::{poll::PollCondVar, CondVarTimeoutResult, Mutex},
+    sync::{poll::PollCondVar, Arc, CondVarTimeoutResult, Mutex},
     time::{msecs_to_jiffies, Jiffies},
 };
 
@@ -83,18 +83,18 @@ impl List {
 pub(crate) struct Jobs {
     #[pin]
     list: Mutex<List>,
-    #[pin]
-    ended: PollCondVar,
+    /// Notified when a job ends.
+    ended: Arc<PollCondVar>,
 }
 
 impl Jobs {
-    pub(crate) fn new() -> impl PinInit<Self, Error> {
+    pub(crate) fn new(ended: Arc<PollCondVar>) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             list <- new_mutex!(List {
                 jobs: KVec::with_capacity(MAX_JOBS, GFP_KERNEL)?,
                 closed: None,
             }),
-            ended <- new_poll_condvar!(),
+            ended,
         })
     }
 
@@ -201,10 +201,5 @@ impl Jobs {
     pub(crate) fn any_ended(&self) -> bool {
         let list = self.list.lock();
         list.jobs.iter().any(|job| job.outcome.is_some())
-    }
-
-    /// Notified when a job ends.
-    pub(crate) fn ended(&self) -> &PollCondVar {
-        &self.ended
     }
 }

@@ -29,7 +29,7 @@ use kernel::{
 
 /// What the update lock protects.
 pub(crate) struct Tables {
-    /// `None` once the address space is closed.
+    /// `None` while the device does not know the address space: at first, asleep, and once it is closed.
     pub(crate) table: Option<PageTable>,
     /// Memory for requests made under the lock.
     pub(crate) batch: Batch,

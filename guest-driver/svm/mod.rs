@@ -19,6 +19,8 @@
 //!
 //! # Locks, in the order in which they are taken
 //!
+//! Outermost, the lock of a file's first call (`kapi::chardev`), under which an address space is made.
+//!
 //! 0. `Space::access`: one of the driver's own jobs of an address space at a time.
 //! 1. `Space::service`: one fault batch, migration or query of an address space at a time. Not taken
 //!    for a CPU fault or an invalidation.
@@ -76,6 +78,7 @@ use kernel::{
         aref::ARef,
         atomic::{Atomic, Relaxed},
         lock::{mutex::MutexBackend, Guard},
+        poll::PollCondVar,
         Arc, Mutex, SpinLock,
     },
     workqueue::{impl_has_work, new_work, Work, WorkItem},
@@ -155,13 +158,14 @@ impl WorkItem for Space {
 }
 
 impl Space {
-    /// Mirrors the address space of `opener`. `ENOSPC`: the device has no context left, or no VRAM for its
-    /// page tables. `ESRCH`: the process has ended. `EINTR`: a signal came first. `EIO`: the device is lost.
-    pub(crate) fn open(gpu: &Arc<Gpu>, opener: &Mm) -> Result<Arc<Self>> {
+    /// Mirrors the address space of `opener`, and notifies `ended` when a job ends. `ENOSPC`: the device
+    /// has no context left, or no VRAM for its page tables. `ESRCH`: the process has ended. `EINTR`: a signal
+    /// came first. `ENODEV`: the driver is unbound. `EIO`: the device is lost.
+    pub(crate) fn open(gpu: &Arc<Gpu>, opener: &Mm, ended: &Arc<PollCondVar>) -> Result<Arc<Self>> {
         let mm = opener.mmget_not_zero().ok_or(ESRCH)?;
         gpu.usable()?;
         let context = gpu.contexts.reserve()?;
-        let space = Self::create(gpu, context, &mm);
+        let space = Self::create(gpu, context, &mm, ended.clone());
         let space = space.inspect_err(|_| gpu.contexts.release(context))?;
         gpu.contexts.publish(context, space.clone());
         // Who unbinds the driver closes what is published: if it was too late for that, it is now.
@@ -170,7 +174,12 @@ impl Space {
         Ok(space)
     }
 
-    fn create(gpu: &Arc<Gpu>, context: u32, mm: &MmWithUser) -> Result<Arc<Self>> {
+    fn create(
+        gpu: &Arc<Gpu>,
+        context: u32,
+        mm: &MmWithUser,
+        ended: Arc<PollCondVar>,
+    ) -> Result<Arc<Self>> {
         let counters = Arc::new(Counters::new(), GFP_KERNEL)?;
         let tables = Tables {
             table: None,
@@ -186,7 +195,7 @@ impl Space {
                 closed: Atomic::new(false),
                 fail_next: Atomic::new(false),
                 counters,
-                jobs <- Jobs::new(),
+                jobs <- Jobs::new(ended),
                 advice <- new_mutex!(AdviceMap::new()),
                 pending <- new_spinlock!(Pending::new()?),
                 access <- new_mutex!(()),
@@ -213,6 +222,11 @@ impl Space {
         self.pending.lock().clear();
         let mut tables = self.mirror.lock();
         let Tables { table, batch } = &mut *tables;
+        if table.is_some() {
+            // It is there already.
+            self.gpu.vram.give_back(root, 0);
+            return Ok(());
+        }
         batch.clear();
         let new = PageTable::new(self.context, root, batch)
             .inspect_err(|_| self.gpu.vram.give_back(root, 0))?;

@@ -2,10 +2,11 @@
 /*
  * What a program may ask of /dev/farfaultN.
  *
- * The first call on a descriptor, or poll(), makes a GPU address space that mirrors the opener's: jobs
- * use the process's own pointers. It belongs to that address space alone; calls from another one (a
- * child after fork, a process that was sent the descriptor) fail with EPERM. open() waits for nothing,
- * and fails with
+ * The first call on a descriptor makes a GPU address space that mirrors the opener's: jobs use the
+ * process's own pointers. It belongs to that address space alone; calls from another one (a child after
+ * fork, a process that was sent the descriptor) fail with EPERM. poll() says POLLIN while there is an
+ * ended job to be collected, POLLERR when the device does not answer any more, and POLLHUP when it was
+ * unbound. open() and poll() wait for nothing else. open() fails with
  *   ENODEV  the device is being unbound
  *   EIO     the device does not answer any more
  *   ENOMEM  there is no memory for it
@@ -17,7 +18,7 @@
  *           are zero, ranges are not empty and end within the address space of processes
  *   EFAULT  the argument, or memory that it points to, can't be accessed
  *   EPERM   the caller's address space is not the opener's
- *   ENOSPC  it is the first one, and the device has no context left, or no VRAM for its page tables
+ *   ENOSPC  none has succeeded before, and the device has no context left, or no VRAM for its page tables
  *   ENOMEM  there is no memory for what the kernel needs for it
  *   ENOTTY  there is no such call
  * and with what is said at each.

@@ -17,7 +17,7 @@ use farfault::{
     process::{Ended, fork},
     uapi::{self, JobStatus},
 };
-use rustix::{event::PollFlags, io::Errno};
+use rustix::{event::PollFlags, fd::AsFd, io::Errno};
 use std::{
     cell::RefCell,
     fs::{File, OpenOptions},
@@ -146,8 +146,8 @@ fn die_with_jobs(arguments: &[String]) -> Result<()> {
     wait_for_a_line()?;
     let begin = Instant::now();
     thread::scope(|scope| {
-        let pollers = idle
-            .each_ref()
+        let [first, second] = &idle;
+        let pollers = [first.as_fd(), second.as_fd(), unused.as_fd()]
             .map(|gpu| scope.spawn(move || events(gpu, LIMIT)));
         let ping = call_at(&gpu, uapi::IOC_PING, 0);
         ensure!(ping == Err(Errno::IO), "PING gave {ping:?}");

@@ -11,11 +11,12 @@ use farfault::{
 };
 use rustix::{
     event::{PollFlags, Timespec, epoll},
-    fd::AsFd,
+    fd::{AsFd, OwnedFd},
     io::Errno,
     process::{Signal, getpid, kill_process},
 };
 use std::{
+    fs::File,
     process::{Child, Command},
     sync::{
         Arc,
@@ -29,7 +30,10 @@ group! { "jobs", on Small, seconds 60:
     wait_of_any_length_ends_with_its_job_or_by_a_handled_signal,
     wait_interrupted_at_its_end_has_no_time_left,
     epoll_added_while_a_job_has_ended_wakes_for_the_next,
+    epoll_added_before_the_first_call_wakes_for_a_job,
 }
+
+const NODE: &str = "/dev/farfault0";
 
 /// Sends these signals to this process, some time between them.
 fn send(signals: &[&str]) -> Result<Child> {
@@ -148,6 +152,13 @@ fn is_woken(epoll: impl AsFd, within: Duration) -> Result<bool> {
     Ok(!events.is_empty())
 }
 
+fn epoll_of(gpu: impl AsFd, flags: epoll::EventFlags) -> Result<OwnedFd> {
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let data = epoll::EventData::new_u64(0);
+    epoll::add(&epoll, gpu, data, epoll::EventFlags::IN | flags)?;
+    Ok(epoll)
+}
+
 /// It asks for a file's wait queue when the file is added, and never again.
 fn epoll_added_while_a_job_has_ended_wakes_for_the_next() -> Result<()> {
     let gpu = Gpu::open_first()?;
@@ -155,9 +166,7 @@ fn epoll_added_while_a_job_has_ended_wakes_for_the_next() -> Result<()> {
     for edge in [epoll::EventFlags::empty(), epoll::EventFlags::ET] {
         let ended = Job::fill(ring, 0).submit(&gpu)?;
         ensure!(events(&gpu, JOB_TIME)? == PollFlags::IN);
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let data = epoll::EventData::new_u64(0);
-        epoll::add(&epoll, &gpu, data, epoll::EventFlags::IN | edge)?;
+        let epoll = epoll_of(&gpu, edge)?;
         ensure!(is_woken(&epoll, Duration::ZERO)?, "{edge:?}: has ended");
         call::wait(&gpu, ended, JOB_TIME)?;
         ensure!(!is_woken(&epoll, Duration::ZERO)?, "{edge:?}: collected");
@@ -166,6 +175,21 @@ fn epoll_added_while_a_job_has_ended_wakes_for_the_next() -> Result<()> {
             ensure!(is_woken(&epoll, JOB_TIME)?, "{edge:?}, round {round}");
             call::wait(&gpu, next, JOB_TIME)?;
         }
+    }
+    Ok(())
+}
+
+fn epoll_added_before_the_first_call_wakes_for_a_job() -> Result<()> {
+    let ring = ring()?;
+    let node = || File::options().read(true).write(true).open(NODE);
+    for _ in 0..2 {
+        let gpu = node()?;
+        let epoll = epoll_of(&gpu, epoll::EventFlags::empty())?;
+        ensure!(!is_woken(&epoll, Duration::ZERO)?, "nothing has ended");
+        let job = Job::fill(ring, 0).submit(&gpu)?;
+        ensure!(is_woken(&epoll, JOB_TIME)?, "it has ended");
+        call::wait(&gpu, job, JOB_TIME)?;
+        ensure!(!is_woken(&epoll, Duration::ZERO)?, "it was collected");
     }
     Ok(())
 }

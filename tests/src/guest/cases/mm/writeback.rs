@@ -15,12 +15,12 @@ use crate::guest::{
     settings,
 };
 use anyhow::{Context, Result, ensure};
-use farfault::arena::{Backing, Region};
+use farfault::arena::{Backing, Region, call_at};
 use farfault::{
     Access, Gpu, PAGE_SIZE, Place,
     process::{Child, Ended, fork},
     stage::Advice,
-    uapi::JobStatus,
+    uapi::{self, JobStatus},
 };
 use rustix::{
     fs::{FallocateFlags, fallocate, fsync, ftruncate},
@@ -46,6 +46,7 @@ group! { "mm::writeback", on Disk, seconds 120:
     open_by_a_process_whose_mmap_lock_a_frozen_disk_holds_keeps_nobody_else_waiting,
 }
 
+const NODE: &str = "/dev/farfault0";
 const LENGTH: usize = 1 << 20;
 const WORDS_OF_A_PAGE: usize = PAGE_SIZE / 8;
 const SIGBUS: Ended = Ended::Signaled(7);
@@ -349,14 +350,37 @@ fn is_in_state(child: &Child, state: char) -> Result<bool> {
     Ok(behind_name.starts_with(state))
 }
 
+/// The opener's first call waits. Others who open the node do not, nor does a child that has his descriptor.
 fn open_by_a_process_whose_mmap_lock_a_frozen_disk_holds_keeps_nobody_else_waiting() -> Result<()> {
+    const REFUSED: u64 = 1;
     let ext4 = Ext4::mount()?;
     let file = seeded(&ext4, PAGE_SIZE)?;
     let region = Region::map(PAGE_SIZE, Backing::File(&file))?;
-    let gates = [Gate::new()?, Gate::new()?, Gate::new()?];
-    let [held_may, writer_may, other_may] = &gates;
-    let open = || Ok(Gpu::open_first().map(drop)?);
-    let held = fork(|| code(held_may.wait().and_then(|()| open())))?;
+    let said = Region::map(PAGE_SIZE, Backing::Shared)?;
+    let gates = [Gate::new()?, Gate::new()?, Gate::new()?, Gate::new()?];
+    let [held_may, heir_may, writer_may, other_may] = &gates;
+    let held = fork(|| {
+        code((|| {
+            let node = File::options().read(true).write(true).open(NODE)?;
+            let ping = || call_at(&node, uapi::IOC_PING, 0);
+            let heir = fork(|| {
+                code((|| {
+                    heir_may.wait()?;
+                    let events = call::events(&node, Duration::ZERO)?;
+                    ensure!(events.is_empty(), "poll gave {events:?}");
+                    let pinged = ping();
+                    ensure!(pinged == Err(Errno::PERM), "PING gave {pinged:?}");
+                    said.store(0, REFUSED);
+                    Ok(())
+                })())
+            })?;
+            held_may.wait()?;
+            ping()?;
+            let ended = heir.wait()?;
+            ensure!(ended == Ended::Exited(0), "the heir: {ended:?}");
+            Ok(())
+        })())
+    })?;
     let held_pid = held.pid().context("a child")?;
     let write = || {
         let written = region.write_process(held_pid, region)?;
@@ -364,6 +388,7 @@ fn open_by_a_process_whose_mmap_lock_a_frozen_disk_holds_keeps_nobody_else_waiti
         Ok(())
     };
     let writer = fork(|| code(writer_may.wait().and_then(|()| write())))?;
+    let open = || Ok(Gpu::open_first().map(drop)?);
     let other = fork(|| code(other_may.wait().and_then(|()| open())))?;
     // Dropped before the children, which could not be killed.
     let frozen = ext4.freeze()?;
@@ -373,6 +398,8 @@ fn open_by_a_process_whose_mmap_lock_a_frozen_disk_holds_keeps_nobody_else_waiti
     eventually("the opener waits", || is_in_state(&held, 'D'))?;
     other_may.open()?;
     eventually("another one has opened it", || is_in_state(&other, 'Z'))?;
+    heir_may.open()?;
+    eventually("the heir is refused", || Ok(said.load(0) == REFUSED))?;
     ensure!(is_in_state(&held, 'D')?, "the lock was not held");
     drop(frozen);
     for child in [writer, held, other] {
