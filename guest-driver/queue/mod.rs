@@ -277,16 +277,17 @@ impl Channel {
     /// for as long as `poll_limit`. `ETIMEDOUT`: no answer in [`time_limit`].
     fn finish(&self, request: &mut Request, poll_limit: Delta) -> Result {
         let call = &request.call;
+        let was_answered = || matches!(*call.progress.lock(), Progress::Answered(_));
         let is_answered = || {
             self.drain();
-            matches!(*call.progress.lock(), Progress::Answered(_))
+            was_answered()
         };
         let _sleep = (!poll(poll_limit, is_answered)).then(|| Sleep::new(self));
         loop {
             let waited = call.answered.wait_timeout(time_limit());
-            if waited.is_err() {
-                // It may have come without its interrupt: a device that answers is not lost.
-                self.drain();
+            // A device that answers is not lost.
+            if waited.is_err() && !was_answered() && is_answered() {
+                pr_warn!("an answer came without its interrupt\n");
             }
             let mut progress = call.progress.lock();
             match core::mem::replace(&mut *progress, Progress::Abandoned) {

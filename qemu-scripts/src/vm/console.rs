@@ -10,7 +10,7 @@ use std::{
 use crate::{Error, Result, progress};
 
 /// Texts with which the kernel reports that something went wrong in it. Each is how its source prints it.
-const SPLATS: [&str; 22] = [
+const SPLATS: [&str; 23] = [
     "WARNING: ",
     "BUG: ",
     "kernel BUG at",
@@ -32,6 +32,8 @@ const SPLATS: [&str; 22] = [
     "UBSAN: ",
     "refcount_t: ",
     "rust_kernel: panicked at",
+    // The driver's: it, or the bus, loses interrupts.
+    "an answer came without its interrupt",
     "new suspected memory leaks",
 ];
 
@@ -223,6 +225,7 @@ mod tests {
             "[ 1.0] refcount_t: underflow; use-after-free.",
             "[ 1.0] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
             "[ 1.0] rust_kernel: panicked at main.rs:1:2:",
+            "[ 1.0] farfault: an answer came without its interrupt",
         ] {
             let text = format!("before\n{line}\nafter\n");
             let splat = find_splat(&text, &[]).unwrap_or_else(|| panic!("nothing found in {line}"));
