@@ -45,61 +45,22 @@ enum Home {
 }
 
 impl Home {
-    /// Whether it found the page, if it says so.
-    fn bring(self, gpu: &Gpu, region: Region) -> Result<Option<bool>> {
+    fn bring(self, gpu: &Gpu, region: Region) -> Result<()> {
         match self {
             Self::Request => {
-                let moved = gpu.migrate(region.pages(), Place::Ram)?;
-                Ok(Some(moved.moved != 0))
+                gpu.migrate(region.pages(), Place::Ram)?;
             }
             Self::Cpu => {
                 std::hint::black_box(region.load(region.words() / 3));
-                Ok(None)
             }
         }
+        Ok(())
     }
 }
 
-/// Pauses until what comes home is disturbed: of any length, and in turns with these close to the moment in
-/// which the page is collected, which those find out who are told whether they came too early for it.
-struct Pauses {
-    random: Random,
-    near: bool,
-    moment: usize,
-}
-
-impl Pauses {
-    fn new() -> Self {
-        Self {
-            random: Random::new(settings::seed()),
-            near: false,
-            moment: LONGEST_BREAK / 4,
-        }
-    }
-
-    fn next(&mut self) -> Duration {
-        self.near = !self.near;
-        let microseconds = match self.near {
-            true => self.moment + self.random.below(self.moment / 8 + 1),
-            false => self.random.below(LONGEST_BREAK),
-        };
-        Duration::from_micros(microseconds as u64)
-    }
-
-    /// How it was with the last one.
-    fn was(&mut self, found: Option<bool>) {
-        let step = self.moment / 16 + 2;
-        match found {
-            Some(true) if self.near => self.moment -= step.min(self.moment),
-            Some(false) if self.near => self.moment = LONGEST_BREAK.min(self.moment + step),
-            _ => {}
-        }
-    }
-}
-
-/// Rounds with a huge page in VRAM each, and a pause. They say whether it was found by who brought it home.
-fn rounds(round: impl Fn(&Gpu, Region, Duration) -> Result<Option<bool>>) -> Result<()> {
-    let mut pauses = Pauses::new();
+/// Rounds with a huge page in VRAM each, and a pause of random length.
+fn rounds(round: impl Fn(&Gpu, Region, Duration) -> Result<()>) -> Result<()> {
+    let mut random = Random::new(settings::seed());
     let gpu = Gpu::open_first()?;
     let region = Region::map(HUGE_PAGE_SIZE, Backing::Huge)?;
     oracle::write(region, SEED);
@@ -112,9 +73,8 @@ fn rounds(round: impl Fn(&Gpu, Region, Duration) -> Result<Option<bool>>) -> Res
     while count < 20 || Instant::now() < end {
         oracle::write(region, SEED);
         move_all(&gpu, region, Place::Vram)?;
-        let pause = pauses.next();
-        let found = round(&gpu, region, pause);
-        pauses.was(found.with_context(|| format!("round {count}, {pause:?}"))?);
+        let pause = Duration::from_micros(random.below(LONGEST_BREAK) as u64);
+        round(&gpu, region, pause).with_context(|| format!("round {count}, {pause:?}"))?;
         let now = anonymous()?;
         ensure!(
             now.abs_diff(before) < SLACK,
@@ -123,13 +83,13 @@ fn rounds(round: impl Fn(&Gpu, Region, Duration) -> Result<Option<bool>>) -> Res
         region.discard()?;
         count += 1;
     }
-    println!("rounds: {count}, collected after {} us", pauses.moment);
+    println!("rounds: {count}");
     Ok(())
 }
 
 fn discarded(home: Home) -> Result<()> {
     rounds(|gpu, region, pause| {
-        let found = thread::scope(|scope| {
+        thread::scope(|scope| {
             let brought = scope.spawn(|| home.bring(gpu, region));
             spin(pause);
             region.discard()?;
@@ -138,7 +98,7 @@ fn discarded(home: Home) -> Result<()> {
         region.discard()?;
         let left = (0..region.words()).find(|&word| region.load(word) != 0);
         ensure!(left.is_none(), "word {left:?} is there after the end");
-        Ok(found)
+        Ok(())
     })
 }
 
@@ -159,8 +119,7 @@ fn child_ends(home: Home) -> Result<()> {
         home.bring(gpu, region)?;
         oracle::check(region, SEED, 0)?;
         ensure!(child.wait()? == Ended::Exited(0));
-        oracle::check(region, SEED, 0)?;
-        Ok(None)
+        oracle::check(region, SEED, 0)
     })
 }
 
