@@ -12,10 +12,18 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
-use std::{os::fd::AsFd, time::Duration};
+use std::{fs::File, io, os::fd::AsFd, time::Duration};
 
 /// No job of a test takes longer, on a slow kernel and a busy host either, except those that are meant to.
 pub(crate) const JOB_TIME: Duration = Duration::from_secs(240);
+
+/// The first GPU.
+pub(crate) const NODE: &str = "/dev/farfault0";
+
+/// A descriptor without a call; the library's has made one.
+pub(crate) fn open_raw(node: &str) -> io::Result<File> {
+    File::options().read(true).write(true).open(node)
+}
 
 /// Makes a call, and gives back its argument as the driver left it.
 pub(crate) fn call<T: Call>(gpu: impl AsFd, mut argument: T) -> Result<T, Errno> {

@@ -20,7 +20,6 @@ use farfault::{
 use rustix::{event::PollFlags, fd::AsFd, io::Errno};
 use std::{
     cell::RefCell,
-    fs::{File, OpenOptions},
     io,
     thread::{self, ScopedJoinHandle},
     time::{Duration, Instant},
@@ -123,10 +122,6 @@ fn sleep_with_jobs(_: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn open_raw(node: &str) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).open(node)
-}
-
 fn die_with_jobs(arguments: &[String]) -> Result<()> {
     let [number] = arguments else {
         bail!("name a GPU's number");
@@ -140,7 +135,7 @@ fn die_with_jobs(arguments: &[String]) -> Result<()> {
     let idle = [Gpu::open(&node)?, Gpu::open(&node)?];
     let idle_other = Gpu::open("/dev/farfault0")?;
     // The device does not know of it yet.
-    let unused = open_raw(&node)?;
+    let unused = call::open_raw(&node)?;
     let (before, before_other) = (gpu.stats()?, other.stats()?);
     say(READY);
     wait_for_a_line()?;
@@ -178,7 +173,7 @@ fn die_with_jobs(arguments: &[String]) -> Result<()> {
     }
     let ping = call_at(&unused, uapi::IOC_PING, 0);
     ensure!(ping == Err(Errno::IO), "PING of a new one: {ping:?}");
-    let opened = open_raw(&node).map(drop);
+    let opened = call::open_raw(&node).map(drop);
     let errno = opened.as_ref().err().and_then(io::Error::raw_os_error);
     ensure!(
         errno == Some(Errno::IO.raw_os_error()),

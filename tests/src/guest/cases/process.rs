@@ -4,7 +4,7 @@
 
 use crate::guest::{
     VRAM,
-    call::{self, Job},
+    call::{self, Job, NODE},
     cases::mm::start::eventually,
     child::code,
     oracle,
@@ -55,7 +55,6 @@ group! { "process", on Small, seconds 90:
 }
 
 const SEED: u64 = 0xe817;
-const NODE: &str = "/dev/farfault0";
 const END: Duration = Duration::from_secs(20);
 
 /// Starts a program of ours, as a process of its own.
@@ -280,7 +279,7 @@ fn first_calls_under_signals_all_work_and_use_up_no_context() -> Result<()> {
 fn first_calls_of_many_threads_at_once_all_work() -> Result<()> {
     const THREADS: usize = 4;
     for round in 0..40 {
-        let file = fs::File::options().read(true).write(true).open(NODE)?;
+        let file = call::open_raw(NODE)?;
         let barrier = Barrier::new(THREADS);
         let called = std::thread::scope(|scope| {
             let threads = [(); THREADS].map(|()| {

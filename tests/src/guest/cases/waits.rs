@@ -2,7 +2,7 @@
 //! WAITs that last as long as their job, whatever happens to the process meanwhile; and epoll.
 
 use super::jobs::ring;
-use crate::guest::call::{self, JOB_TIME, Job, events};
+use crate::guest::call::{self, JOB_TIME, Job, NODE, events, open_raw};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use farfault::arena::{Backing, Call, Region, call_at};
 use farfault::{
@@ -16,7 +16,6 @@ use rustix::{
     process::{Signal, getpid, kill_process},
 };
 use std::{
-    fs::File,
     process::{Child, Command},
     sync::{
         Arc,
@@ -32,8 +31,6 @@ group! { "jobs", on Small, seconds 60:
     epoll_added_while_a_job_has_ended_wakes_for_the_next,
     epoll_added_before_the_first_call_wakes_for_a_job,
 }
-
-const NODE: &str = "/dev/farfault0";
 
 /// Sends these signals to this process, some time between them.
 fn send(signals: &[&str]) -> Result<Child> {
@@ -181,9 +178,8 @@ fn epoll_added_while_a_job_has_ended_wakes_for_the_next() -> Result<()> {
 
 fn epoll_added_before_the_first_call_wakes_for_a_job() -> Result<()> {
     let ring = ring()?;
-    let node = || File::options().read(true).write(true).open(NODE);
     for _ in 0..2 {
-        let gpu = node()?;
+        let gpu = open_raw(NODE)?;
         let epoll = epoll_of(&gpu, epoll::EventFlags::empty())?;
         ensure!(!is_woken(&epoll, Duration::ZERO)?, "nothing has ended");
         let job = Job::fill(ring, 0).submit(&gpu)?;

@@ -46,7 +46,6 @@ group! { "mm::writeback", on Disk, seconds 120:
     open_by_a_process_whose_mmap_lock_a_frozen_disk_holds_keeps_nobody_else_waiting,
 }
 
-const NODE: &str = "/dev/farfault0";
 const LENGTH: usize = 1 << 20;
 const WORDS_OF_A_PAGE: usize = PAGE_SIZE / 8;
 const SIGBUS: Ended = Ended::Signaled(7);
@@ -361,7 +360,7 @@ fn open_by_a_process_whose_mmap_lock_a_frozen_disk_holds_keeps_nobody_else_waiti
     let [held_may, heir_may, writer_may, other_may] = &gates;
     let held = fork(|| {
         code((|| {
-            let node = File::options().read(true).write(true).open(NODE)?;
+            let node = call::open_raw(call::NODE)?;
             let ping = || call_at(&node, uapi::IOC_PING, 0);
             let heir = fork(|| {
                 code((|| {
